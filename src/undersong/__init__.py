@@ -1,0 +1,59 @@
+"""Recurrent and repetition-aware sequence modelling for the Hugging Face ecosystem.
+
+`import undersong` makes transformers' Auto classes and PEFT know every row of `undersong.registry.ARCHITECTURES`.
+It loads neither torch nor transformers: the names below are imported when they are first used.
+
+>>> import undersong
+>>> from transformers import AutoConfig
+>>> AutoConfig.for_model("aaren").model_type
+'aaren'
+"""
+
+import importlib
+
+from . import registry
+
+__version__ = "0.1.0"
+
+# public name -> "module:attribute" (or "module" for a submodule), both relative to undersong
+_EXPORTS = {
+    "LocallyTypicalLogitsWarper": "generation.typical:LocallyTypicalLogitsWarper",
+    "RecurrentStateLayer": "modeling.cache:RecurrentStateLayer",
+    "SelfReinforcementCapLogitsProcessor": "generation.repetition_cap:SelfReinforcementCapLogitsProcessor",
+    "data": "data",
+    "doctor": "doctor:doctor",
+    "export": "hub.export:export",
+    "generation": "generation",
+    "hub": "hub",
+    "kernelize": "hub.kernelize:kernelize",
+    "metrics": "metrics",
+    "modeling": "modeling",
+    "ops": "ops",
+    "publish": "hub.publish:publish",
+}
+_EXPORTS |= {
+    path.partition(":")[2]: path.removeprefix("undersong.")
+    for row in registry.ARCHITECTURES.values()
+    for path in (row.config, *row.models.values())
+}
+
+__all__ = ["__version__", "registry", *_EXPORTS]
+
+
+def __getattr__(name):
+    try:
+        module, _, attribute = _EXPORTS[name].partition(":")
+    except KeyError:
+        raise AttributeError(f"module 'undersong' has no attribute {name!r}") from None
+    value = importlib.import_module(f".{module}", __name__)
+    if attribute:
+        value = getattr(value, attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *_EXPORTS})
+
+
+registry.register()

@@ -1,0 +1,48 @@
+"""What the common tests share: the registry's rows, a small model of each head, and inputs for it."""
+
+import torch
+
+from undersong.registry import ARCHITECTURES
+
+ROWS = list(ARCHITECTURES.values())
+RECURRENT = [row for row in ROWS if row.recurrent and row.causal and row.has_cache]
+HEADS = [(row, head) for row in ROWS for head in row.models]
+CAUSAL_LM = [row for row in ROWS if "AutoModelForCausalLM" in row.models]
+
+
+def name(case):
+    """Readable ids: `aaren`, `aaren-AutoModelForCausalLM`."""
+    if isinstance(case, tuple):
+        return "-".join(name(part) for part in case)
+    return case if isinstance(case, str) else case.model_type
+
+
+def build(row, head="AutoModel", dtype=torch.float32, seed=0, **overrides):
+    """A small random model with weights large enough that every part of it matters to the output."""
+    torch.manual_seed(seed)
+    config = row.config_class()(
+        **{**row.tiny, "initializer_range": 0.3, "pad_token_id": 0, "num_labels": 3, **overrides}
+    )
+    return row.model_class(head)(config).to(dtype).eval()
+
+
+def make_inputs(model, batch, length, seed=0):
+    """Main input of a model as keyword arguments: token ids (never the pad id) or a series."""
+    generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "past_values":
+        shape = (batch, length, model.config.input_size)
+        return {"past_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    return {"input_ids": torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)}
+
+
+def output_of(model, **inputs):
+    """The tensor a head is about: logits, or the last hidden state."""
+    outputs = model(**inputs)
+    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+
+
+def close(got, want, atol=1e-9):
+    """Fails with the size of the difference."""
+    difference = (got - want).abs().max().item() if want.numel() else 0.0
+    assert got.shape == want.shape, f"shape {tuple(got.shape)} != {tuple(want.shape)}"
+    assert difference <= atol, f"differs by {difference:.3g}, allowed {atol:.3g} (scale {want.abs().max().item():.3g})"
