@@ -17,16 +17,20 @@ __version__ = "0.1.0"
 
 # public name -> "module:attribute" (or "module" for a submodule), both relative to undersong
 _EXPORTS = {
+    "LocalHub": "hub.local_hub:LocalHub",
     "LocallyTypicalLogitsWarper": "generation.typical:LocallyTypicalLogitsWarper",
     "RecurrentStateLayer": "modeling.cache:RecurrentStateLayer",
     "SelfReinforcementCapLogitsProcessor": "generation.repetition_cap:SelfReinforcementCapLogitsProcessor",
+    "build_kernel": "hub.build_kernel:build_kernel",
     "data": "data",
-    "doctor": "doctor:doctor",
+    "doctor": "diagnosis:doctor",
     "export": "hub.export:export",
     "generation": "generation",
     "hub": "hub",
     "kernelize": "hub.kernelize:kernelize",
+    "kernel_report": "hub.kernelize:kernel_report",
     "metrics": "metrics",
+    "model_card": "hub.cards:model_card",
     "modeling": "modeling",
     "ops": "ops",
     "publish": "hub.publish:publish",

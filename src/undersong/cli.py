@@ -1,0 +1,156 @@
+"""The command line: `undersong list | export | publish | doctor | demo`.
+
+A user's mistake is one line on stderr and exit code 1 (2 for a wrong command line); a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that undersong and the Hub raise on purpose into one line."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except (typer.Exit, typer.Abort):
+            raise
+        # what huggingface_hub raises for a missing repository, a refused token or no network is an OSError
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            notes = " ".join(getattr(error, "__notes__", ()))
+            Console(stderr=True, soft_wrap=True).print(f"error: {text} {notes}".rstrip(), style="red", markup=False)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Recurrent and repetition-aware sequence modelling for the Hugging Face ecosystem.",
+)
+
+
+@app.command("list")
+def list_architectures():
+    """The architectures that undersong adds to transformers."""
+    from undersong.registry import ARCHITECTURES
+
+    table = Table("model_type", "Auto class or task", "class", "paper")
+    for row in ARCHITECTURES.values():
+        for index, (head, path) in enumerate(row.models.items()):
+            first = index == 0
+            table.add_row(
+                row.model_type if first else "",
+                head,
+                path.partition(":")[2],
+                f"{row.paper}, arXiv {row.arxiv}" if first else "",
+            )
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # in a pipe rich assumes 80 columns and would cut the names that scripts look for
+    console.print(table)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model of one of undersong's types.")],
+    folder: Annotated[Path, typer.Argument(help="Where to write.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an export wrote there before.")] = False,
+):
+    """Write a self-contained folder that loads without undersong (trust_remote_code=True)."""
+    from undersong import hub
+
+    loaded, tokenizer = _load(model, revision)
+    path = hub.export(loaded, folder, tokenizer=tokenizer, overwrite=overwrite)
+    typer.echo(f"{type(loaded).__name__} is in {path}")
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="An exported model, a built kernel, or any folder with a card.")],
+    repo: Annotated[str, typer.Argument(help="owner/name")],
+    update: Annotated[
+        bool, typer.Option("--update", help="Upload changed files to a repository that exists.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and list, but upload nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to.")] = None,
+):
+    """Upload a folder to the Hub in one commit (token and endpoint as for `hf upload`: HF_TOKEN, HF_ENDPOINT)."""
+    from undersong import hub
+
+    done = hub.publish(folder, repo, update=update, private=private or None, dry_run=dry_run, revision=revision)
+    would = "would be " if dry_run else ""
+    for verb, paths in (("uploaded", done.uploaded), ("deleted", done.deleted)):
+        for path in paths:
+            typer.echo(f"{would}{verb}: {path}")
+    if not (done.uploaded or done.deleted):
+        typer.echo("nothing changed")
+    typer.echo(done.url + (f" at {done.commit}" if done.commit else ""))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+):
+    """What this machine has, and which path each op takes on it."""
+    from undersong.diagnosis import doctor
+
+    report = doctor()
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
+
+
+@app.command()
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="A reduced run, for checks.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("undersong-demo"),
+):
+    """Generation side by side, a trained model, its Hub round trip, and a report, in a few minutes on a CPU."""
+    from undersong.demo import run
+
+    run(output=output, fast=fast)
+
+
+def _load(model, revision):
+    """The model in the class its configuration names, and its tokenizer if it has one."""
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import cached_file
+
+    import undersong
+
+    config = AutoConfig.from_pretrained(model, revision=revision)
+    row = undersong.registry.ARCHITECTURES.get(config.model_type)
+    if row is None:
+        known = ", ".join(undersong.registry.ARCHITECTURES)
+        raise ValueError(f"model_type ({config.model_type}) of {model} must be one of undersong's: {known}.")
+    classes = {path.partition(":")[2]: path for path in row.models.values()}
+    name = (config.architectures or [None])[0]
+    if name not in classes:
+        raise ValueError(f"architectures ({name}) of {model} must name one of {', '.join(classes)}.")
+    module, _, attribute = classes[name].partition(":")
+    loaded = getattr(importlib.import_module(module), attribute).from_pretrained(model, revision=revision)
+    has_tokenizer = cached_file(
+        model,
+        "tokenizer_config.json",
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return loaded, AutoTokenizer.from_pretrained(model, revision=revision) if has_tokenizer else None
+
+
+if __name__ == "__main__":
+    app()
