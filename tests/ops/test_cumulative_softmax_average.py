@@ -27,8 +27,10 @@ def nan_filled_memory():
 def small_chunks(monkeypatch):
     """Several chunks, and groups of chunks, at lengths the interpreter can afford."""
     function = kernel_module("function")
-    monkeypatch.setattr(function, "FORWARD", dict.fromkeys((True, False), (16, 16, 1, 16, 1, None)))
-    monkeypatch.setattr(function, "BACKWARD", dict.fromkeys((True, False), (16, 16, 1, 16, 1, None)))
+    forward = {"CHUNK": 16, "ROWS": 2, "BATCH": 4, "num_warps": 1}
+    backward = {"CHUNK": 16, "SUM_T": 16, "SUM_STAGES": 1, "BLOCK_T": 16, "num_warps": 1}
+    monkeypatch.setattr(function, "FORWARD", dict.fromkeys((True, False), forward))
+    monkeypatch.setattr(function, "BACKWARD", dict.fromkeys((True, False), backward))
 
 
 def kernel_module(name):

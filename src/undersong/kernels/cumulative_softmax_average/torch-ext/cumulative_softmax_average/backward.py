@@ -13,7 +13,22 @@ Everything is a sum over dim, so a block of dim gives its part of ds, and the pa
 import triton
 import triton.language as tl
 
-from .common import GROUP, collect, level, locate, publish, slot_base, tokens, weighted_sum
+from .common import GROUP, collect, level, locate, publish, slot_base, tokens
+
+
+@triton.jit
+def weighted_sum(weights, x, start, PRODUCT: tl.constexpr):
+    """start + weights @ x in float32. "split": half x goes through the tensor cores twice, weights = high + low, so
+    that the weights keep at least 16 bits; "half": once; otherwise in float32, at that precision of `tl.dot`."""
+    if PRODUCT == "split":
+        high = weights.to(x.dtype)
+        low = (weights - high.to(tl.float32)).to(x.dtype)
+        product = tl.dot(low, x, acc=tl.dot(high, x, acc=start))
+    elif PRODUCT == "half":
+        product = tl.dot(weights.to(x.dtype), x, acc=start)
+    else:
+        product = tl.dot(weights, x.to(tl.float32), acc=start, input_precision=PRODUCT)
+    return product
 
 
 @triton.jit

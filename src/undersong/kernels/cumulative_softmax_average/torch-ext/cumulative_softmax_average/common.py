@@ -13,7 +13,7 @@ import triton.language as tl
 GROUP = tl.constexpr(32)
 LOG2E = tl.constexpr(1.4426950408889634)
 HEADER = tl.constexpr(16)  # words in front of the slots; the first is the ticket counter
-TAIL = tl.constexpr(4)  # words of a slot behind its BLOCK_D: two scalars, and padding to 16 bytes
+TAIL = tl.constexpr(2)  # words of a slot behind its BLOCK_D: two scalars
 EMPTY = tl.constexpr(-1)  # bits of a word not written yet: a NaN that no arithmetic on the device gives
 
 
@@ -97,18 +97,3 @@ def collect(base, step, n_chunks, BLOCK_D: tl.constexpr):
     ptr = base + slot * (BLOCK_D + TAIL)
     vector = wait(ptr[:, None] + tl.arange(0, BLOCK_D)[None, :], needed[:, None])
     return needed, wait(ptr + BLOCK_D, needed), wait(ptr + BLOCK_D + 1, needed), vector
-
-
-@triton.jit
-def weighted_sum(weights, x, start, PRODUCT: tl.constexpr):
-    """start + weights @ x in float32. "split": half x goes through the tensor cores twice, weights = high + low, so
-    that the weights keep at least 16 bits; "half": once; otherwise in float32, at that precision of `tl.dot`."""
-    if PRODUCT == "split":
-        high = weights.to(x.dtype)
-        low = (weights - high.to(tl.float32)).to(x.dtype)
-        product = tl.dot(low, x, acc=tl.dot(high, x, acc=start))
-    elif PRODUCT == "half":
-        product = tl.dot(weights.to(x.dtype), x, acc=start)
-    else:
-        product = tl.dot(weights, x.to(tl.float32), acc=start, input_precision=PRODUCT)
-    return product

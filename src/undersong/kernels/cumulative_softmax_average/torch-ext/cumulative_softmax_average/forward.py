@@ -1,18 +1,21 @@
 """Forward kernel: one program for one chunk of one sequence, one head and one block of dim (see common.py).
 
-A scan over the chunk's scores gives z_i = log sum_{j <= i} e^{s_j}, over everything up to i. Then, tile by tile,
+A chunk is ROWS runs of CHUNK / ROWS tokens, walked side by side, one token of each at a time. A first walk sums up the
+runs. The sums and those of the chunks before give each run its carry, and a scan over the scores gives each position
+its share b_i = e^{s_i} / sum_{j <= i} e^{s_j}, over everything up to i. The second walk is then the recurrence
 
-    o_i = e^{zc - z_i} o_c + sum_j P_ij v_j        P_ij = e^{s_j - z_i} for j <= i in the tile
+    o_i = (1 - b_i) o_{i-1} + b_i v_i
 
-with c the last position before the tile. As z_i >= s_j and z_i >= zc, no exponent is positive: an outlier anywhere in
-the tile is exact. o_c is kept as a tile of equal rows, the layout in which the matrix product leaves it. The state
-(m, u, w) is summed up in float32 on its own. Saved for the backward pass: o and z.
+As no exponent is positive and shares lie in [0, 1], an outlier anywhere is harmless. Values and sums are float32. The
+state (m, u, w) is summed up on its own. Saved for the backward pass: o and z_i = log sum_{j <= i} e^{s_j}.
 """
 
 import triton
 import triton.language as tl
 
-from .common import GROUP, LOG2E, collect, finite, level, locate, publish, slot_base, tokens, weighted_sum
+from .common import GROUP, collect, finite, locate, publish, slot_base, tokens
+
+NO_TOKEN = tl.constexpr(-1.0)  # in place of a weight
 
 
 @triton.jit
@@ -22,47 +25,80 @@ def add_masses(m1, u1, m2, u2):
     return m, u1 * tl.exp(m1 - finite(m)) + u2 * tl.exp(m2 - finite(m))
 
 
+@triton.jit
+def read(weight_ptr, v_ptr, stride, left, in_dim, MASKED: tl.constexpr, BATCH: tl.constexpr):
+    """The next BATCH weights and rows of values of each run, `left` of them tokens. All are read before the first is
+    used, and so before any store: the compiler cannot know that stores do not touch what is read."""
+    weights = ()
+    values = ()
+    for i in tl.static_range(BATCH):
+        weight = tl.load(weight_ptr + i, mask=i < left, other=0.0)
+        live = i < left
+        if MASKED:
+            live = live & (weight != NO_TOKEN)
+        weights = weights + (weight,)
+        values = values + (tl.load(v_ptr + i * stride, mask=live[:, None] & in_dim[None, :], other=0.0),)
+    return weights, values
+
+
 @triton.jit(do_not_specialize=["length", "n_chunks", "n_units", "stride_s_b", "stride_mask_b"])
 def forward(
     s_ptr, v_ptr, mask_ptr, cu_ptr, m0_ptr, u0_ptr, w0_ptr, slots_ptr, o_ptr, z_ptr, m_ptr, u_ptr, w_ptr,
     length, n_chunks, n_units, n_heads, dim, n_blocks,
     stride_s_b, stride_s_t, stride_s_h, stride_v_b, stride_v_t, stride_v_h, stride_v_d, stride_mask_b, stride_mask_t,
-    HAS_STATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr,
-    CHUNK: tl.constexpr, SUM_T: tl.constexpr, SUM_STAGES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_STATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    RUN: tl.constexpr = CHUNK // ROWS
     step, unit, block, head, sequence, row, begin, end = locate(
         slots_ptr, cu_ptr, length, n_chunks, n_units, n_heads, n_blocks, PACKED
     )
     first = begin + step * CHUNK
     last = tl.minimum(first + CHUNK, end)
+    n_tokens = last - first
     d = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_dim = d < dim
     state = tl.cast(sequence, tl.int64) * n_heads + head
-    s_step, v_step = tl.cast(stride_s_t, tl.int64), tl.cast(stride_v_t, tl.int64)
-    s_base = s_ptr + row * stride_s_b + head * stride_s_h + first * s_step
-    v_base = v_ptr + row * stride_v_b + head * stride_v_h + first * v_step
-    o_base = o_ptr + ((row * length + first) * n_heads + head) * dim
     z_base = z_ptr + ((row * n_heads + head) * n_blocks + block) * length + first  # each block of dim has its own
-    n_tokens = last - first
+    r = tl.arange(0, ROWS)
 
-    # The chunk alone: (m, u) at every position, and the state after it.
-    k = tl.arange(0, CHUNK)
+    v_step, o_step = tl.cast(stride_v_t, tl.int64), tl.cast(n_heads * dim, tl.int64)
+    v_rows = v_ptr + row * stride_v_b + head * stride_v_h + (first + r * RUN).to(tl.int64) * v_step
+    v_tile = v_rows[:, None] + d[None, :] * stride_v_d
+    o_rows = o_ptr + ((row * length + first + r * RUN) * n_heads + head) * dim
+    o_tile = o_rows[:, None] + d[None, :]
+    z_rows = z_base + r * RUN
+    left = n_tokens - r * RUN  # tokens of each run
+    n_steps = tl.cdiv(tl.minimum(tl.maximum(n_tokens, 0), RUN), BATCH)
+
+    # Each run alone: (m, u) at every position, and the state after it.
+    k = r[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    here = first + k < last
     live = tokens(mask_ptr, row, first + k, last, stride_mask_b, stride_mask_t, MASKED)
-    s = tl.load(s_base + k * stride_s_t, mask=live, other=float("-inf")).to(tl.float32)
-    ms, us = tl.associative_scan((s, tl.where(live, 1.0, 0.0)), 0, add_masses)
-    own_m = tl.max(s, 0)
-    own_u = tl.sum(tl.where(k == CHUNK - 1, us, 0.0), 0)
-    j = tl.arange(0, SUM_T)
-    sums = tl.zeros([SUM_T, BLOCK_D], tl.float32)
-    for t in tl.range(0, n_tokens, SUM_T, num_stages=SUM_STAGES):
-        counts = tokens(mask_ptr, row, first + t + j, last, stride_mask_b, stride_mask_t, MASKED)
-        sj = tl.load(s_base + t * s_step + j * stride_s_t, mask=counts, other=float("-inf")).to(tl.float32)
-        vj = tl.load(v_base + t * v_step + j[:, None] * stride_v_t + d[None, :] * stride_v_d,
-                     mask=counts[:, None] & in_dim[None, :], other=0.0)  # fmt: skip
-        sums += tl.exp(sj - finite(own_m))[:, None] * vj.to(tl.float32)
-    own_w = tl.sum(sums, 0)
+    s = tl.load(
+        s_ptr + row * stride_s_b + head * stride_s_h + (first + k).to(tl.int64) * stride_s_t,
+        mask=live, other=float("-inf"),
+    ).to(tl.float32)  # fmt: skip
+    ms, us = tl.associative_scan((s, tl.where(live, 1.0, 0.0)), 1, add_masses)
+    run_m = tl.max(s, 1)
+    share = tl.exp(s - finite(run_m)[:, None])
+    run_u = tl.sum(share, 1)
+    # z's memory lends itself to the weights, which the walks read back one by one
+    tl.store(z_base + k, tl.where(live, share, NO_TOKEN), mask=here)
+    tl.debug_barrier()
+    run_w = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    z_next, v_next, left_next = z_rows, v_tile, left
+    for _ in range(n_steps):
+        weights, values = read(z_next, v_next, stride_v_t, left_next, in_dim, MASKED, BATCH)
+        for i in tl.static_range(BATCH):
+            run_w += weights[i][:, None] * values[i].to(tl.float32)
+        z_next, v_next, left_next = z_next + BATCH, v_next + BATCH * v_step, left_next - BATCH
+    own_m = tl.max(run_m, 0)
+    own = tl.exp(run_m - finite(own_m))
+    own_u = tl.sum(own * run_u, 0)
+    own_w = tl.sum(own[:, None] * run_w, 0)
 
-    # The state before it.
+    # The state before the chunk.
     m = tl.full([], float("-inf"), tl.float32)
     u = tl.full([], 0.0, tl.float32)
     w = tl.zeros([BLOCK_D], tl.float32)
@@ -92,37 +128,33 @@ def forward(
             tl.store(m_ptr + state, after)
             tl.store(u_ptr + state, after_u)
 
-    # The walk. Levels are relative to `after` and in base 2 here: near 0 where it matters, so no bits are lost.
-    top, mass = add_masses(ms, us, m, u)
-    log_mass = tl.log2(tl.where(mass > 0, mass, 1.0))
-    ref = finite(after)
-    z_here = first + k < last
-    tl.store(z_base + k, (top - ref) * LOG2E + log_mass, mask=z_here)
-    tl.debug_barrier()  # the tiles below read z back
-    held = tl.where(u > 0, u, 1.0)
-    zc = (m - ref) * LOG2E + tl.log2(held)
-    oc = (w / held)[None, :] + tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    i = tl.arange(0, BLOCK_T)
-    v_tile = i[:, None] * stride_v_t + d[None, :] * stride_v_d
-    o_tile = i[:, None] * (n_heads * dim) + d[None, :]
-    o_step = tl.cast(n_heads * dim, tl.int64)
-    for t in range(0, n_tokens, BLOCK_T):
-        inside = t + i < n_tokens
-        alive = tokens(mask_ptr, row, first + t + i, last, stride_mask_b, stride_mask_t, MASKED)
-        si = tl.load(s_base + t * s_step + i * stride_s_t, mask=alive, other=float("-inf")).to(tl.float32)
-        si = (si - ref) * LOG2E
-        zi = level(tl.load(z_base + t + i, mask=alive, other=float("inf")))
-        z_last = tl.load(z_base + tl.minimum(t + BLOCK_T, n_tokens) - 1)
-        v = tl.load(v_base + t * v_step + v_tile, mask=alive[:, None] & in_dim[None, :], other=0.0)
-        weights = tl.exp2(tl.where(i[None, :] <= i[:, None], si[None, :] - zi[:, None], float("-inf")))
-        o = weighted_sum(weights, v, tl.exp2(zc - zi)[:, None] * oc, PRODUCT)
-        tl.store(o_base + t * o_step + o_tile, o.to(o_ptr.dtype.element_ty), mask=inside[:, None] & in_dim[None, :])
-        oc = tl.exp2(zc - level(z_last)) * oc
-        weights_c = tl.exp2(si - level(z_last))
-        if PRODUCT == "ieee":
-            oc += tl.sum(weights_c[:, None] * v.to(tl.float32), 0)[None, :]
-        else:
-            oc = weighted_sum(weights_c[None, :] + tl.zeros([BLOCK_T, BLOCK_T], tl.float32), v, oc, PRODUCT)
-        zc = z_last
+    # The state before each run, and the shares.
+    earlier = tl.where(r[None, :] < r[:, None], run_m[None, :], float("-inf"))
+    top = tl.maximum(m, tl.max(earlier, 1))
+    keep, add = tl.exp(m - finite(top)), tl.exp(earlier - finite(top)[:, None])
+    mass = keep * u + tl.sum(add * run_u[None, :], 1)
+    o = keep[:, None] * w[None, :] + tl.sum(add[:, :, None] * run_w[None, :, :], 1)
+    o = o / tl.where(mass > 0, mass, 1.0)[:, None]
+    top, mass = add_masses(ms, us, top[:, None], mass[:, None])
+    mass = tl.where(mass > 0, mass, 1.0)
+    share = tl.exp(s - finite(top)) / mass
     tl.debug_barrier()
-    tl.store(z_base + k, top + log_mass / LOG2E, mask=z_here)
+    tl.store(z_base + k, tl.where(live, share, NO_TOKEN), mask=here)
+    tl.debug_barrier()
+    z_next, v_next, left_next = z_rows, v_tile, left
+    for _ in range(n_steps):
+        shares, values = read(z_next, v_next, stride_v_t, left_next, in_dim, MASKED, BATCH)
+        for i in tl.static_range(BATCH):
+            b = shares[i]
+            if MASKED:
+                b = tl.maximum(b, 0.0)
+            o = (1 - b)[:, None] * o + b[:, None] * values[i].to(tl.float32)
+            out = o
+            if MASKED:
+                out = tl.where((shares[i] == NO_TOKEN)[:, None], 0.0, o)
+            tl.store(o_tile + i * (n_heads * dim), out.to(o_ptr.dtype.element_ty),
+                     mask=(i < left_next)[:, None] & in_dim[None, :])  # fmt: skip
+        z_next, v_next, left_next = z_next + BATCH, v_next + BATCH * v_step, left_next - BATCH
+        o_tile += BATCH * o_step
+    tl.debug_barrier()
+    tl.store(z_base + k, top + tl.log(mass), mask=here)

@@ -9,13 +9,18 @@ from .backward import backward
 from .common import GROUP, HEADER, TAIL
 from .forward import forward
 
-# Tokens of a chunk, of a tile summed up, its pipeline stages, tokens of a tile walked, warps,
-# registers a thread may have (None: as many as it likes); for half and for float32 values, tuned on an H100. Nothing
-# here depends on batch or length.
-FORWARD = {True: (128, 16, 4, 16, 1, None), False: (256, 16, 1, 16, 1, None)}
-BACKWARD = {True: (128, 32, 1, 16, 1, None), False: (256, 16, 1, 16, 1, None)}
+# How a kernel cuts its work, for half and for float32 values, tuned on an H100 (the names are the kernels' own).
+# Nothing here depends on batch or length.
+FORWARD = {
+    True: {"CHUNK": 256, "ROWS": 8, "BATCH": 8, "num_warps": 4},
+    False: {"CHUNK": 128, "ROWS": 4, "BATCH": 8, "num_warps": 4},
+}
+BACKWARD = {
+    True: {"CHUNK": 128, "SUM_T": 32, "SUM_STAGES": 1, "BLOCK_T": 16, "num_warps": 1},
+    False: {"CHUNK": 256, "SUM_T": 16, "SUM_STAGES": 1, "BLOCK_T": 16, "num_warps": 1},
+}
 BLOCK_D = 64  # most of dim that one program holds
-PRODUCT = {True: "split", False: "ieee"}  # see common.weighted_sum
+PRODUCT = {True: "split", False: "ieee"}  # see backward.weighted_sum
 
 _INTERPRETED = not isinstance(forward, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when this was imported
 _NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])  # the package may be loaded under several names at once
@@ -57,7 +62,9 @@ def _backward(s, v, m0, u0, mask, cu_seqlens, o, z, u, do, du, dw):
     ds, dv, du0, dw0 = _empty_gradients(s, v, u0, plan.blocks)
     tensors = s, v, plan.mask, cu_seqlens, m0, u0, plan.slots, o, z, u, do, du, dw, ds, dv, du0, dw0
     strides = (*plan.strides, *_strides(do, plan.batch))
-    plan.launch(backward, tensors, strides, HAS_STATE=u0 is not None, HAS_FINAL=du is not None)
+    # Triton's interpreter (3.9 still) multiplies the bit patterns of bfloat16 in tl.dot.
+    product = PRODUCT[v.dtype != torch.float32 and v.device.type != "cpu"]
+    plan.launch(backward, tensors, strides, HAS_STATE=u0 is not None, HAS_FINAL=du is not None, PRODUCT=product)
     ds = ds.squeeze(-1) if plan.blocks == 1 else ds.sum(-1)
     du0 = du0.squeeze(-1) if plan.blocks == 1 else du0.sum(-1)
     return ds.to(s.dtype), dv, du0, dw0
@@ -70,16 +77,14 @@ class _Plan:
         self.batch, self.length, self.heads, self.dim = v.shape
         rows = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         half = v.dtype != torch.float32
-        self.chunk, self.sum_tile, self.sum_stages, self.tile, self.warps, self.registers = table[half]
+        self.cut = table[half]
         self.block, self.blocks = _blocks(self.dim)
-        self.chunks = max(triton.cdiv(self.length, self.chunk), 1)
+        self.chunks = max(triton.cdiv(self.length, self.cut["CHUNK"]), 1)
         self.units = rows * self.heads * self.blocks
         words = HEADER.value + self.units * (self.chunks + self.chunks // GROUP.value + 1) * (self.block + TAIL.value)
         self.slots = torch.empty(words, dtype=torch.int32, device=s.device)
         if self.chunks > 1:  # nobody waits for a single chunk
             self.slots.fill_(-1)
-        # Triton's interpreter (3.9 still) multiplies the bit patterns of bfloat16 in tl.dot.
-        self.product = PRODUCT[half and s.device.type != "cpu"]
         self.mask = None if mask is None else mask.view(torch.uint8)
         mask_strides = (0, 0) if mask is None else _strides(mask, self.batch)
         self.strides = (*_strides(s, self.batch), *_strides(v, self.batch), *mask_strides)
@@ -91,9 +96,7 @@ class _Plan:
         with torch.cuda.device_of(tensors[0]):
             kernel[(self.units * self.chunks,)](
                 *tensors, self.length, self.chunks, self.units, self.heads, self.dim, self.blocks, *strides,
-                **self.flags, **flags, PRODUCT=self.product, CHUNK=self.chunk, SUM_T=self.sum_tile,
-                SUM_STAGES=self.sum_stages, BLOCK_T=self.tile, BLOCK_D=self.block, num_warps=self.warps, num_stages=1,
-                maxnreg=self.registers,
+                **self.flags, **flags, **self.cut, BLOCK_D=self.block, num_stages=1,
             )  # fmt: skip
 
 
