@@ -23,6 +23,7 @@ _EXPORTS = {
     "SelfReinforcementCapLogitsProcessor": "generation.repetition_cap:SelfReinforcementCapLogitsProcessor",
     "build_kernel": "hub.build_kernel:build_kernel",
     "data": "data",
+    "demo": "demo",
     "doctor": "diagnosis:doctor",
     "export": "hub.export:export",
     "generation": "generation",

@@ -19,8 +19,9 @@ def export(model, folder, *, tokenizer=None, card=None, overwrite=False):
 
     The folder holds config.json with `auto_map`, the weights as safetensors, generation_config.json, a model card,
     every source file of ours that the model's and the configuration's classes need, and `undersong_export.json`,
-    the list of what was written. Reloading gives bit-equal outputs on the CPU. Where undersong is installed, the
-    same folder loads without remote code. The model, its configuration and its class stay as they are.
+    the list of what was written. Reloading on the CPU gives bit-equal outputs; compare with `disable_mmap=True`, since
+    memory-mapped weights may start at addresses for which a matrix product rounds differently. Where undersong is
+    installed, the same folder loads without remote code. The model, its configuration and its class stay as they are.
 
     Args:
         model: a `PreTrainedModel` whose class is defined in an importable source file. Its dtype is kept.
