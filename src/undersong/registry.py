@@ -26,7 +26,6 @@ class Architecture:
             `"TimeSeriesClassification"`; exports name it in `auto_map["AutoModel"]`.
         lora_targets: module names that PEFT adapts by default; `feedforward_targets` is the part of them inside the
             feed-forward block (IA3 scales those at their input).
-        layer_modules: names of the classes that carry the recurrent op, for `undersong.kernelize` reports.
         causal, recurrent, seq2seq, stock_owned, has_cache: traits the common tests choose by.
         tiny: configuration arguments of the smallest model that exercises every part, for tests.
     """

@@ -227,3 +227,23 @@ def test_foreign_caches_are_refused_by_name(row):
     cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     with pytest.raises(ValueError, match="already holds a DynamicLayer with content at layer 0"):
         run(model, ids, past_key_values=cache)
+
+
+def test_the_self_attention_part_of_an_encoder_decoder_cache_is_adopted(row):
+    from transformers import EncoderDecoderCache
+
+    model = model_of(row)
+    ids = make_inputs(model, 2, 6)["input_ids"]
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    run(model, ids[:, :4], past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == 4
+    got = run(model, ids[:, 4:], past_key_values=cache, use_cache=True).last_hidden_state
+    close(got, run(model, ids, use_cache=False).last_hidden_state[:, 4:])
+
+
+def test_a_cache_under_gradient_checkpointing_is_refused(row):
+    model = build(row).train()
+    model.gradient_checkpointing_enable()
+    ids = make_inputs(model, 1, 4)["input_ids"]
+    with pytest.raises(ValueError, match="past_key_values cannot be used while gradient checkpointing trains"):
+        model(input_ids=ids, past_key_values=DynamicCache())

@@ -138,7 +138,7 @@ def adopt_cache(cache, layer_types):
         layer_types: the config's `layer_types`.
 
     Returns:
-        The cache to use; for an `EncoderDecoderCache` its self-attention part is adopted.
+        The cache whose `layers` to use: the given one, or the self-attention part of an `EncoderDecoderCache`.
 
     Raises:
         ValueError: static and quantized caches, and layers that already hold another kind of state.
@@ -146,8 +146,7 @@ def adopt_cache(cache, layer_types):
     if cache is None:
         cache = Cache(layers=[])
     elif isinstance(cache, EncoderDecoderCache):
-        adopt_cache(cache.self_attention_cache, layer_types)
-        return cache
+        return adopt_cache(cache.self_attention_cache, layer_types)
     elif not isinstance(cache, Cache) or isinstance(cache, (StaticCache, QuantizedCache)):
         raise ValueError(
             f"past_key_values ({type(cache).__name__}) cannot hold a recurrent state; pass a DynamicCache(),"

@@ -213,6 +213,11 @@ class AarenModel(AarenPreTrainedModel):
 
         mask = local_mask(attention_mask, shape[1])
         packing = find_packing(shape, mask=mask, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seq_lens_q)
+        if past_key_values is not None and self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "past_key_values cannot be used while gradient checkpointing trains: the layers would run without it;"
+                " call model.eval() or switch gradient checkpointing off."
+            )
         if packing is not None:
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 raise ValueError(
