@@ -136,10 +136,7 @@ def main():
         record["acceptance"] = acceptance(record)
     print(json.dumps({key: record.get(key) for key in ("speed", "acceptance")}, indent=1))
     if not fast:
-        RESULT.parent.mkdir(exist_ok=True)
-        part = RESULT.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(RESULT)
+        harness.write_json(RESULT, record)
 
 
 if __name__ == "__main__":

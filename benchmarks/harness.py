@@ -115,21 +115,12 @@ class Benchmark:
         return self._record("first call", case, rows, info, processes=processes)
 
     def as_dict(self) -> dict:
-        dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
-        return {"benchmark": self.name, "date": datetime.date.today().isoformat(), "command": _command(),
-                "git_commit": _git("rev-parse", "HEAD") or None, "git_dirty": dirty,
-                "hardware": _hardware(self.device), "versions": versions(), "threads": torch.get_num_threads(),
-                "yardsticks": self.yardsticks, "cases": self.cases}  # fmt: skip
+        return run_record(self.name, self.device) | {"yardsticks": self.yardsticks, "cases": self.cases}
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON (atomically) and print the table."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-        part.replace(path)
         print(self.table())
-        return path
+        return write_json(path, self.as_dict())
 
     def table(self) -> str:
         lines = [f"{self.name} on {_hardware(self.device)['device']}, {torch.get_num_threads()} threads"]
@@ -211,6 +202,24 @@ class Benchmark:
         copy, matmul = 2 * source.nbytes / best["copy"], 2 * size**3 / best["matmul"]
         name = str(dtype).removeprefix("torch.")
         return {"copy_bytes_per_s": copy, "matmul_flops_per_s": matmul, "matmul_dtype": name}
+
+
+def run_record(name: str, device: torch.device | str) -> dict:
+    """What every results file begins with: the benchmark, when, by which command, commit, hardware and versions."""
+    dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+    return {"benchmark": name, "date": datetime.date.today().isoformat(), "command": _command(),
+            "git_commit": _git("rev-parse", "HEAD") or None, "git_dirty": dirty,
+            "hardware": _hardware(torch.device(device)), "versions": versions(),
+            "threads": torch.get_num_threads()}  # fmt: skip
+
+
+def write_json(path: str | Path, record: dict) -> Path:
+    """Write `record` in one step: an interrupted run leaves the old file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return part.replace(path)
 
 
 def check(what: str, got, want, tolerance: float) -> float:

@@ -15,6 +15,15 @@ from .tiny_llama import left_padded, tiny_llama
 VOCAB = 12
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On matrices this small, threads that wait for one another cost more than they help."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_scores(count, rows=1, seed=0, scale=2.0):
     return torch.randn(count, rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
@@ -237,3 +246,60 @@ def test_beams_are_refused_with_advice():
     with pytest.raises(ValueError, match=message):
         generate(SelfReinforcementCapLogitsProcessor(), num_beams=4)
     assert SelfReinforcementCapLogitsProcessor.supports_continuous_batching is False
+
+
+UNITS = {"any": {"min_match": 2}, "sentence": {"min_match": 1, "unit": "sentence", "sentence_end_token_ids": [9]}}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("draft", ["prompt lookup", "assistant", "the model as its own assistant"])
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_assisted_greedy_decoding_writes_the_same(draft, penalty, unit):
+    model = tiny_llama(VOCAB)
+    assistant = {
+        "prompt lookup": {"prompt_lookup_num_tokens": 5},
+        "assistant": {"assistant_model": tiny_llama(VOCAB, seed=1)},
+        "the model as its own assistant": {"assistant_model": tiny_llama(VOCAB)},
+    }[draft]
+    changed, forwards = 0, []
+    with model.register_forward_hook(lambda *_: forwards.append(1)):
+        for prompt in PROMPTS:
+            cap = SelfReinforcementCapLogitsProcessor(penalty, **UNITS[unit])
+            assisted = generate(cap, model, [prompt], **assistant)
+            assert torch.equal(generate(cap, model, [prompt], **assistant), assisted)  # and once more
+            steps = len(forwards)
+            plain = generate(SelfReinforcementCapLogitsProcessor(penalty, **UNITS[unit]), model, [prompt])
+            assert torch.equal(assisted, plain)
+            del forwards[steps:]
+            changed += not torch.equal(plain, generate(None, tiny_llama(VOCAB), [prompt]))
+    assert changed >= 2
+    if draft != "assistant":  # a stranger may guess nothing right
+        assert len(forwards) < 2 * 3 * 40  # drafts were accepted
+
+
+def test_a_rejected_draft_leaves_no_trace():
+    scores, made_up = random_scores(12, seed=1), torch.ones(1, VOCAB)
+    prompt, text = [3], [4, 5, 4, 5, 4, 5, 4, 5, 4, 6, 4]
+    plain = feed(SelfReinforcementCapLogitsProcessor(0.5, 1), [prompt], [text], scores)
+    cap = SelfReinforcementCapLogitsProcessor(0.5, 1)
+    ids = torch.tensor([prompt + text])
+    for step in range(len(text)):
+        draft = torch.cat([ids[:, : step + 1], torch.tensor([[4, 5, 7, 4, 5]])], 1)
+        for length in range(step + 1, step + 7):
+            cap(draft[:, :length], made_up)
+        out = cap(ids[:, : step + 1], scores[step]).softmax(-1)
+        torch.testing.assert_close(out, plain[step])
+        for length in range(step + 2, step + 7):  # the model scores the rest of the draft, to no avail
+            cap(draft[:, :length], scores[-1])
+
+
+def test_drafts_are_remembered_up_to_a_limit():
+    cap = SelfReinforcementCapLogitsProcessor(0.5, 1)
+    ids = torch.randint(0, VOCAB, (1, 400), generator=torch.Generator().manual_seed(0))
+    for length in range(1, 400):
+        cap(ids[:, :length], random_scores(1)[0])
+    assert len(cap._scored) == 130
+    cap = SelfReinforcementCapLogitsProcessor(0.5, 1)
+    for length in range(1, 40):
+        cap(ids[:, :length].expand(2, -1), random_scores(1, rows=2)[0])
+    assert len(cap._scored) == 1  # no drafts in batches

@@ -51,7 +51,7 @@ def continuations(model, tokenizer, prompts, *, max_new_tokens, seed=0, **option
         One list of new token ids per prompt, up to and without the end-of-text token.
     """
     torch.manual_seed(seed)
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
     output = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
     new = output[:, batch["input_ids"].shape[1] :].tolist()
     end = tokenizer.eos_token_id

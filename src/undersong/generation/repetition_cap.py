@@ -6,15 +6,19 @@ This processor imposes the same recurrence on a model as it is; it is ours, the 
 
 State, per row: the tokens, the log probability q of every generated token *after* this processor's own caps (with the
 model's own probability there is no geometric decay), and an index from each context to the position that followed it.
+For a single row also the latest distributions, so that drafted tokens can be taken back.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessor
+
+_LONGEST_DRAFT = 128  # tokens that can be taken back; each costs one row of float32 probabilities
 
 
 class SelfReinforcementCapLogitsProcessor(LogitsProcessor):
@@ -37,9 +41,10 @@ class SelfReinforcementCapLogitsProcessor(LogitsProcessor):
         pad_token_id: leading tokens of this id are padding. Needed for left-padded batches with unit="sentence" or
             `score_prompt`; otherwise padding cannot match anyway.
 
-    One instance serves any number of `generate()` calls, greedy or sampling: if `input_ids` are not the last ones plus
-    one token, it starts afresh. Histories must not move between rows or roll back: beam search raises as soon
-    as it reorders rows, continuous batching is declared unsupported, and under assisted decoding the cap does not act.
+    One instance serves any number of `generate()` calls, greedy, sampling or assisted: if `input_ids` are not the last
+    ones plus one token, nor shorter by a draft that was (partly) rejected, it starts afresh. An assistant must share
+    the tokenizer and the device, and drafts end after 128 tokens. Histories cannot move between rows: beam search
+    raises as soon as it reorders them, and continuous batching is declared unsupported.
 
     Raises:
         ValueError: an argument out of range, unit="sentence" without sentence ends, or rows reordered by beam search.
@@ -83,14 +88,14 @@ class SelfReinforcementCapLogitsProcessor(LogitsProcessor):
         self.score_prompt = score_prompt
         self.pad_token_id = pad_token_id
         self._log_penalty = math.log(penalty) if penalty else -math.inf
-        self._length = 0  # tokens seen per row; 0 before the first call
+        self._scored: dict[int, tuple] = {}  # length -> the distribution for the token behind, what was capped in it
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not self._extend(input_ids):
             self._start(input_ids)
         log_p = scores.log_softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))  # [batch, vocab]
-        self._log_p, self._capped = log_p, None
+        self._remember(log_p, None)
         matches = [(row, u) for row, u in enumerate(self._aligned) if u is not None and u >= self._first_scored]
         if not matches:
             return scores
@@ -106,19 +111,25 @@ class SelfReinforcementCapLogitsProcessor(LogitsProcessor):
         # log p'(v) - log p'(others) = log cap - log(1 - cap), and the other logits stay as they are.
         log_rest = torch.log(-torch.expm1(log_cap))
         shift = torch.where(acts, log_cap - log_rest + others - before, 0.0)
-        self._capped = (rows, token, torch.where(acts, log_cap, before), torch.where(acts, log_rest - others, 0.0))
+        capped = (rows, token, torch.where(acts, log_cap, before), torch.where(acts, log_rest - others, 0.0))
+        self._remember(log_p, capped)
         processed = scores.clone()
         processed[rows, token] = torch.where(acts, scores[rows, token] + shift, scores[rows, token]).to(scores.dtype)
         return processed
 
     def _extend(self, input_ids: torch.Tensor) -> bool:
-        """Takes in the token that was chosen from the last call's scores; False if this is another text."""
+        """Takes in the token that was chosen from the scores of one of the last calls; False if this is another text.
+
+        Assisted decoding calls with a draft's prefixes, first for the assistant (or to see what is forbidden, with
+        made-up scores), then for the model itself: so the latest scores of every length are those that count, and the
+        next text is one of these prefixes with one more token. At the prompt, starting afresh comes to the same.
+        """
         batch, length = input_ids.shape
-        if not self._length or length != self._length + 1 or self._ids.shape[0] != batch:
+        if length - 1 not in self._scored or not self._prompt_length < length <= self._length + 1:
             return False
-        if self._ids.device != input_ids.device:
+        if self._ids.shape[0] != batch or self._ids.device != input_ids.device:
             return False
-        seen = self._ids[:, : self._length]
+        seen = self._ids[:, : length - 1]
         chosen = input_ids[:, -1]
         same = (input_ids[:, :-1] == seen).all(1)
         same, tokens = torch.stack([same.long(), chosen]).tolist()  # the only transfer of a step
@@ -130,23 +141,33 @@ class SelfReinforcementCapLogitsProcessor(LogitsProcessor):
                     "rows were reordered, as beam search does; use num_beams=1, or no_repeat_ngram_size with beams."
                 )
             return False
+        for _ in range(self._length - (length - 1)):
+            for index in self._indexes:
+                index.take_back()
         if length > self._ids.shape[1]:
             self._ids = torch.cat([self._ids, torch.zeros_like(self._ids)], 1)
             self._log_q = torch.cat([self._log_q, torch.zeros_like(self._log_q)], 1)
         self._ids[:, length - 1] = chosen
-        log_q = self._log_p.gather(1, chosen.unsqueeze(1)).squeeze(1)
-        if self._capped is not None:
-            rows, token, log_p_token, log_scale = self._capped
+        log_p, capped = self._scored[length - 1]
+        log_q = log_p.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        if capped is not None:
+            rows, token, log_p_token, log_scale = capped
             log_q[rows] = torch.where(chosen[rows] == token, log_p_token, log_q[rows] + log_scale)
         self._log_q[:, length - 1] = log_q
         self._aligned = [index.append(token) for index, token in zip(self._indexes, tokens, strict=True)]
         self._length = length
         return True
 
+    def _remember(self, log_p: torch.Tensor, capped: tuple[torch.Tensor, ...] | None) -> None:
+        kept = _LONGEST_DRAFT + 2 if len(log_p) == 1 else 1  # assisted decoding takes no batches
+        self._scored[self._length] = (log_p, capped)
+        self._scored.pop(self._length - kept, None)
+
     def _start(self, input_ids: torch.Tensor) -> None:
         """Forgets the last text and reads a prompt."""
-        batch, length = input_ids.shape
-        self._length = length
+        length = input_ids.shape[1]
+        self._length = self._prompt_length = length
+        self._scored.clear()
         self._ids = torch.cat([input_ids, torch.zeros_like(input_ids)], 1)
         self._log_q = torch.zeros(self._ids.shape, device=input_ids.device)
         self._first_scored = length if self.score_prompt is None else 0
@@ -176,16 +197,22 @@ class _ContextIndex:
     def __init__(self, size: int, start: int):
         self.size, self.position = size, start
         self.context: tuple[int, ...] = ()
-        self.follows: dict[tuple[int, ...], int] = {}
+        self.follows: dict[tuple[int, ...], int | None] = {}
+        self.undo: deque[tuple] = deque(maxlen=_LONGEST_DRAFT + 2)
 
     def append(self, token: int) -> int | None:
         self.position += 1
-        self.context = (*self.context, token)[-self.size :]
-        if len(self.context) < self.size:
-            return None
+        before, self.context = self.context, (*self.context, token)[-self.size :]
         earlier = self.follows.get(self.context)
-        self.follows[self.context] = self.position
+        self.undo.append((before, earlier))
+        if len(self.context) == self.size:
+            self.follows[self.context] = self.position
         return earlier
+
+    def take_back(self) -> None:
+        self.position -= 1
+        before, self.follows[self.context] = self.undo.pop()
+        self.context = before
 
 
 class _SentenceIndex:
@@ -194,16 +221,25 @@ class _SentenceIndex:
     def __init__(self, min_match: int, start: int, ends: frozenset[int]):
         self.min_match, self.position, self.ends = min_match, start, ends
         self.children: dict[tuple[int, int], int] = {}  # (node, token) -> node; node 0 is a sentence's start
-        self.follows: dict[int, int] = {}
+        self.follows: dict[int, int | None] = {}
         self.node = self.depth = 0
+        self.undo: deque[tuple] = deque(maxlen=_LONGEST_DRAFT + 2)
 
     def append(self, token: int) -> int | None:
         self.position += 1
+        before = (self.node, self.depth)
         if token in self.ends:
             self.node = self.depth = 0
-            return None
-        self.node = self.children.setdefault((self.node, token), len(self.children) + 1)
-        self.depth += 1
+        else:
+            self.node = self.children.setdefault((self.node, token), len(self.children) + 1)
+            self.depth += 1
         earlier = self.follows.get(self.node)
-        self.follows[self.node] = self.position
+        self.undo.append((*before, earlier))
+        if self.node:
+            self.follows[self.node] = self.position
         return earlier if self.depth >= self.min_match else None
+
+    def take_back(self) -> None:
+        self.position -= 1
+        node, depth, self.follows[self.node] = self.undo.pop()
+        self.node, self.depth = node, depth
