@@ -1,5 +1,20 @@
-"""Metrics as plain functions; each folder is also an `evaluate` module: `evaluate.load(".../metrics/repetition")`."""
+"""Metrics as plain functions; most folders are also `evaluate` modules: `evaluate.load(".../metrics/repetition")`.
 
-from .repetition.measures import rep_l, rep_n, rep_sen, repetition_scores
+Names are imported when they are first used: some metrics run a model and need torch.
+"""
 
-__all__ = ["rep_l", "rep_n", "rep_sen", "repetition_scores"]
+from .._lazy import lazy_names
+
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "code_repetition.measures": ("code_repetition_scores",),
+        "contains.measures": ("contains_score",),
+        "diversity.measures": ("distinct_n", "diversity_mean", "diversity_product", "diversity_scores"),
+        "epsilon_gap.measures": ("epsilon_gap_scores", "token_information"),
+        "mauve": ("mauve_score",),
+        "repetition.measures": ("rep_l", "rep_n", "rep_sen", "repetition_scores"),
+        "self_reinforcement": ("plot_self_reinforcement",),
+        "zipf.measures": ("zipf_fit", "zipf_scores"),
+    },
+)

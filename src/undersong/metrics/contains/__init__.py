@@ -1,0 +1,1 @@
+"""Whether an answer holds the gold: `measures` holds the functions, `contains` the `evaluate` module around them."""
