@@ -1,12 +1,17 @@
 """The sort-free warper keeps what the stock warper keeps, row by row, whatever stands around the row."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, TypicalLogitsWarper
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TypicalLogitsWarper
+from transformers import TopPLogitsWarper as StockTopPLogitsWarper
 
-from undersong.generation import LocallyTypicalLogitsWarper
+from undersong.generation import LocallyTypicalLogitsWarper, TopPLogitsWarper, use_fast_typical
+from undersong.hub._flatten import flatten
 
 from .tiny_llama import left_padded, tiny_llama
 
@@ -258,3 +263,58 @@ def test_works_in_a_processor_list():
         LogitsProcessorList([LocallyTypicalLogitsWarper(0.5)])(torch.zeros(6, 1, dtype=torch.long), scores),
         LocallyTypicalLogitsWarper(0.5)(None, scores),
     )
+
+
+def test_fast_warpers_take_the_place_and_settings_of_stock_ones():
+    class Special(TypicalLogitsWarper):
+        pass
+
+    stock = [
+        TemperatureLogitsWarper(2.0), TopKLogitsWarper(50), StockTopPLogitsWarper(0.8, min_tokens_to_keep=2),
+        TypicalLogitsWarper(0.3, filter_value=-1e4, min_tokens_to_keep=3), Special(0.5),
+    ]  # fmt: skip
+    fast = use_fast_typical(LogitsProcessorList(stock))
+    assert isinstance(fast, LogitsProcessorList)
+    assert [type(p) for p in fast] == [
+        TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, LocallyTypicalLogitsWarper, Special,
+    ]  # fmt: skip
+    assert fast[:2] == stock[:2]
+    assert (fast[3].mass, fast[3].filter_value, fast[3].min_tokens_to_keep, fast[3].reference) == (
+        0.3, -1e4, 3, "processed",
+    )  # fmt: skip
+    scores, ids = make_scores("plain", 2.0), torch.zeros(6, 1, dtype=torch.long)
+    # stock turns -inf into the filter value
+    got, want = (LogitsProcessorList(processors[:4])(ids, scores) > -1e4 for processors in (fast, stock))
+    assert torch.equal(got, want)
+
+
+def test_the_models_reference_ignores_warpers_placed_after_it():
+    scores, ids = make_scores("plain", 2.0), torch.zeros(6, 1, dtype=torch.long)
+    ours = LocallyTypicalLogitsWarper(0.5, reference="model")
+    kept = LogitsProcessorList([ours, TemperatureLogitsWarper(3.0), TopKLogitsWarper(900)])(ids, scores) > -INF
+    assert torch.equal(kept, ours(ids, scores) > -INF)
+
+
+def test_an_unknown_reference_is_named():
+    with pytest.raises(ValueError, match=r"reference \('raw'\) must be 'model' or 'processed'"):
+        LocallyTypicalLogitsWarper(0.5, reference="raw")
+
+
+def test_backends_agree():
+    scores = make_scores("plain", 2.0)
+    want = LocallyTypicalLogitsWarper(0.5, backend="reference")(None, scores)
+    assert torch.equal(LocallyTypicalLogitsWarper(0.5, backend="torch")(None, scores), want)
+
+
+def test_it_travels_as_flat_files_without_the_kernels(tmp_path):
+    for name, text in flatten(LocallyTypicalLogitsWarper).files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "__init__.py").write_text("")
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path.parent)!r}); sys.modules["undersong"] = None
+import importlib, torch
+warper = importlib.import_module("{tmp_path.name}.generation_typical").LocallyTypicalLogitsWarper(0.3)
+print(warper(None, torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()).exp().tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "[[0.5, 0.25, 0.0, 0.0]]", run.stderr

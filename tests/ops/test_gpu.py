@@ -1,12 +1,20 @@
-"""The kernel on a real GPU: exact at real sizes, no recompilation for lengths, visible to torch.compile."""
+"""The kernels on a real GPU: exact at real sizes, no recompilation for lengths, visible to torch.compile."""
 
 import random
 
 import pytest
 import torch
 
-from undersong.ops import cumulative_softmax_average, explain
+from undersong.ops import (
+    cumulative_softmax_average,
+    explain,
+    fused_typical_sample,
+    top_p_mask,
+    typical_mask,
+    vocabulary_mask,
+)
 
+from .filter_oracle import INF, chi2_p_value, definition, make_logits
 from .test_cumulative_softmax_average import CASES, make_case
 
 pytestmark = pytest.mark.gpu
@@ -98,3 +106,73 @@ def test_torch_compile_sees_one_operator():
         torch.autograd.grad(got.sum(), (s, v)), torch.autograd.grad(double(s, v).sum(), (s, v)), strict=True
     ):
         assert torch.equal(x, y)
+
+
+class TestVocabularyMask:
+    """The filters' kernel: several programs a row, which the interpreter cannot run."""
+
+    @pytest.fixture(autouse=True)
+    def lift_the_refusal(self, monkeypatch):
+        monkeypatch.setattr(vocabulary_mask, "UNVERIFIED", None)
+
+    @pytest.mark.parametrize("name", ["typical", "top_p"])
+    @pytest.mark.parametrize("case", ["plain", "ties", "masked"])
+    @pytest.mark.parametrize("vocab", [1003, 50257, 128256, 262144])
+    def test_keeps_what_the_definition_keeps(self, name, case, vocab):
+        mask = {"typical": typical_mask, "top_p": top_p_mask}[name]
+        for scale in (0.3, 3.0):
+            logits = make_logits(case, scale, vocab=vocab).cuda()
+            for mass, need in [(0.2, 1), (0.9, 5), (0.99, 1)]:
+                kept = mask(logits, mass, min_tokens_to_keep=need, backend="triton") > -INF
+                want, boundary = definition(logits, mass, need, typical=name == "typical")
+                different = kept != want
+                if vocab < 10_000:
+                    assert not different[~boundary].any()
+                # In a large vocabulary every row has tokens that float32 cannot tell apart, of next to no weight.
+                if case != "ties":
+                    weight = (different * logits.double().softmax(-1).nan_to_num()).sum(-1)
+                    assert weight.max() < 2e-5, f"mass {mass}"
+
+    def test_large_batches_are_bit_identical_in_20_runs_and_row_by_row(self):
+        logits = make_logits("plain", 3.0, rows=512, vocab=128256).cuda()
+        first = typical_mask(logits, 0.9, backend="triton")
+        for _ in range(20):
+            assert torch.equal(typical_mask(logits, 0.9, backend="triton"), first)
+        order = torch.randperm(512, device="cuda")
+        assert torch.equal(typical_mask(logits[order], 0.9, backend="triton"), first[order])
+        for row in (0, 100, 511):
+            assert torch.equal(typical_mask(logits[row : row + 1], 0.9, backend="triton"), first[row : row + 1])
+
+    def test_a_cuda_graph_holds_it(self):
+        logits = make_logits("plain", 3.0, vocab=50257).cuda()
+        typical_mask(logits, 0.9)  # the self-check waits for the device, once
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = typical_mask(logits, 0.9)
+        logits.copy_(make_logits("plain", 2.0, vocab=50257, seed=1))
+        graph.replay()
+        assert torch.equal(out, typical_mask(logits, 0.9))
+        assert explain()["typical_mask"].backend == "triton"
+
+    def test_compiles_without_a_graph_break(self):
+        torch._dynamo.reset()
+        logits = make_logits("plain", 3.0, vocab=50257).cuda()
+
+        def double(logits):
+            return typical_mask(logits, 0.9) * 2
+
+        assert torch.equal(torch.compile(double, fullgraph=True, backend="aot_eager")(logits), double(logits))
+
+    def test_samples_follow_the_filtered_distribution(self):
+        logits = torch.linspace(0, 4, 60, device="cuda")[torch.randperm(60, device="cuda")][None]
+        p = typical_mask(logits / 1.3, 0.8)[0].softmax(-1)
+        generator = torch.Generator("cuda").manual_seed(0)
+        tokens = fused_typical_sample(logits.repeat(100_000, 1), 0.8, 1.3, generator=generator, backend="triton")
+        assert chi2_p_value(tokens.cpu(), p.cpu()) > 1e-3
+
+    def test_rows_without_a_distribution(self):
+        logits = make_logits("plain", 3.0, vocab=50257).cuda()
+        logits[1, 40000], logits[2], logits[3, 5] = float("nan"), -INF, INF
+        out = typical_mask(logits, 0.9, backend="triton")
+        assert torch.equal(out[1:4].nan_to_num(7.0), logits[1:4].nan_to_num(7.0))
+        assert (fused_typical_sample(logits, 0.9, backend="triton")[1:4] == -1).all()
