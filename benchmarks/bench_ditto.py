@@ -216,6 +216,20 @@ def judge(record, texts, device):
     record["judge"] = {"model": "Gemma-3-270M", "device": str(device)}
 
 
+def merge(paths, output):
+    """Joins runs side by side on one machine; what they share (untuned, decoding methods) must agree."""
+    record, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    for other in others:
+        for key in ("sizes", "human_text", "hardware", "versions"):
+            assert other[key] == record[key], f"{key}: {other[key]} is not {record[key]}"
+        for name in record["methods"].keys() & other["methods"].keys() & DECODING.keys():
+            assert other["methods"][name]["all"] == record["methods"][name]["all"], name
+        record["methods"] = other["methods"] | record["methods"]
+        record["texts"] |= other["texts"]
+    record["acceptance"] = acceptance(record["methods"])
+    harness.write_json(output, record)
+
+
 def acceptance(methods):
     """Ratios per setting; N is the largest number of repeats."""
 
@@ -257,6 +271,7 @@ def main():
     parser.add_argument("--part", choices=("train", "judge"), help="judging alone needs the texts of training")
     parser.add_argument("--output", type=Path, help="results/ditto_<device>.json by default")
     parser.add_argument("--texts", type=Path, help="build/ditto_texts_<device>.json by default")
+    parser.add_argument("--merge", nargs="+", type=Path, help="outputs of runs with other settings, into --output")
     parser.add_argument("--judge-device", choices=("cpu", "cuda"), help="as --device by default")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
@@ -264,6 +279,9 @@ def main():
     output = arguments.output or HERE / "results" / f"ditto_{arguments.device}.json"
     side = arguments.texts or HERE.parent / "build" / f"ditto_texts_{arguments.device}.json"
     record, texts = {}, {}
+    if arguments.merge:
+        merge(arguments.merge, output)
+        return
     if arguments.part == "judge":
         record, texts = (json.loads(path.read_text(encoding="utf-8")) for path in (output, side))
     else:

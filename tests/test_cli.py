@@ -121,3 +121,69 @@ def test_demo_passes_its_options(monkeypatch, tmp_path):
     )
     assert call("demo", "--fast", "--output", tmp_path).exit_code == 0
     assert seen == {"output": tmp_path, "fast": True}
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    from tests.generation.tiny_code_model import byte_tokenizer, tiny_code_model
+
+    tiny_code_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_generate_streams_what_the_config_says(language_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from undersong.generation import DecodingConfig, generate
+
+    model = AutoModelForCausalLM.from_pretrained(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    config = DecodingConfig(repetition_cap={"penalty": 0.0, "min_match": 2})
+    plain, capped = (
+        generate(model, tokenizer, "b = 2\n", c, max_new_tokens=16) + "\n" for c in (DecodingConfig(), config)
+    )
+    assert plain != capped
+    arguments = ("generate", "--model", language_model, "--max-new-tokens", 16, "--device", "cpu")
+    result = call(*arguments, "--prompt", "b = 2\n")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == plain
+
+    file = tmp_path / "decoding_config.json"
+    config.save_pretrained(tmp_path)
+    assert call(*arguments, "--prompt", "b = 2\n", "--decoding", file).stdout == capped
+    (tmp_path / "prompt.txt").write_text("b = 2\n")
+    file.rename(language_model / file.name)
+    assert call(*arguments, "--file", tmp_path / "prompt.txt").stdout == capped
+    piped = CliRunner().invoke(app, [str(argument) for argument in arguments], input="b = 2\n")
+    assert piped.stdout == capped
+
+
+def test_generate_takes_a_seed_a_chat_and_beams(language_model, tmp_path):
+    arguments = ("generate", "--model", language_model, "--max-new-tokens", 12, "--device", "cpu", "--prompt", "b = 2")
+    (tmp_path / "sample.json").write_text('{"typical_mass": 0.9, "generation": {"top_k": 0, "temperature": 3.0}}')
+    (tmp_path / "beams.json").write_text('{"generation": {"num_beams": 3}}')
+    sample = (*arguments, "--decoding", tmp_path / "sample.json")
+    first, again, other = (call(*sample, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == again != other
+    for options in (("--chat",), ("--decoding", tmp_path / "beams.json")):
+        result = call(*arguments, *options)
+        assert result.exit_code == 0, result.output
+        assert len(result.stdout) == 13
+
+
+def test_generate_says_what_is_wrong_in_one_line(language_model, tmp_path):
+    (tmp_path / "bad.json").write_text('{"typical": 0.9}')
+    (tmp_path / "file.txt").write_text("text")
+    for options, message in [
+        (("--prompt", "a", "--decoding", tmp_path / "bad.json"), "bad.json: unknown fields typical"),
+        (("--prompt", "a", "--decoding", tmp_path / "absent.json"), "absent.json"),
+        (("--prompt", " "), "the prompt is empty"),
+        (("--prompt", "a", "--file", tmp_path / "file.txt"), "--prompt and --file both name a prompt"),
+        (("--file", tmp_path / "absent.txt"), "absent.txt"),
+    ]:
+        result = call("generate", "--model", language_model, "--device", "cpu", *options)
+        assert result.exit_code == 1, options
+        assert message in result.stderr
+        assert "Traceback" not in result.output
+    assert call("generate", "--prompt", "a").exit_code == 2

@@ -1,4 +1,4 @@
-"""The command line: `undersong list | export | publish | doctor | demo`.
+"""The command line: `undersong list | export | publish | doctor | demo | generate`.
 
 A user's mistake is one line on stderr and exit code 1 (2 for a wrong command line); a traceback is a bug of ours.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Recurrent and repetition-aware sequence modelling for the Hugging Face ecosystem.",
 )
 
@@ -121,6 +123,63 @@ def demo(
     from undersong.demo import run
 
     run(output=output, fast=fast)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a language model.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file; without both, from stdin.")] = None,
+    decoding: Annotated[
+        Path | None, typer.Option(help="A decoding_config.json; by default the one beside the model, if any.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Length of the continuation.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")] = None,
+):
+    """Continue a prompt, streaming to the terminal."""
+    text = _prompt(prompt, file)
+    config = _decoding(decoding)  # a mistake in it shows before anything is loaded
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+    from undersong.generation import DecodingConfig
+    from undersong.generation import generate as run
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision).to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    config = DecodingConfig.beside(loaded, revision) if config is None else config
+    arguments = {"max_new_tokens": 256, **config.generation}
+    if max_new_tokens is not None:
+        arguments["max_new_tokens"] = max_new_tokens
+    beams = arguments.get("num_beams") or loaded.generation_config.num_beams or 1
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if beams == 1 else None
+    torch.manual_seed(seed)
+    messages = [{"role": "user", "content": text}]
+    result = run(loaded, tokenizer, messages if chat else text, config, streamer=streamer, **arguments)
+    if streamer is None:  # beams are known when they are complete
+        typer.echo(result if isinstance(result, str) else "\n---\n".join(result))
+
+
+def _prompt(prompt, file):
+    if prompt is not None and file is not None:
+        raise ValueError("--prompt and --file both name a prompt; give one.")
+    text = prompt if prompt is not None else file.read_text("utf-8") if file else sys.stdin.read()
+    if not text.strip():
+        raise ValueError("the prompt is empty; give --prompt, --file, or a text on stdin.")
+    return text
+
+
+def _decoding(path):
+    if path is None:
+        return None
+    from undersong.generation import DecodingConfig
+
+    return DecodingConfig.from_file(path)
 
 
 def _load(model, revision):

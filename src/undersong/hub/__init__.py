@@ -6,10 +6,11 @@ The modules named like their function (`export`, `publish`, `build_kernel`) are 
 
 from .build_kernel import build_kernel
 from .cards import model_card
+from .custom_generate import export_custom_generate
 from .export import export
 from .publish import Published, publish
 
-__all__ = ["LocalHub", "Published", "build_kernel", "export", "model_card", "publish"]
+__all__ = ["LocalHub", "Published", "build_kernel", "export", "export_custom_generate", "model_card", "publish"]
 
 
 def __getattr__(name):

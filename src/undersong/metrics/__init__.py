@@ -8,7 +8,16 @@ from .._lazy import lazy_names
 __all__, __getattr__ = lazy_names(
     __name__,
     {
-        "code_repetition.measures": ("code_repetition_scores",),
+        "code_repetition.measures": (
+            "ccp",
+            "code_repetition_scores",
+            "egp",
+            "rep_r",
+            "rep_w",
+            "sr_rate",
+            "tr_n",
+            "tr_s",
+        ),
         "contains.measures": ("contains_score",),
         "diversity.measures": ("distinct_n", "diversity_mean", "diversity_product", "diversity_scores"),
         "epsilon_gap.measures": ("epsilon_gap_scores", "token_information"),
