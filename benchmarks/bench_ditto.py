@@ -226,6 +226,7 @@ def merge(paths, output):
             assert other["methods"][name]["all"] == record["methods"][name]["all"], name
         record["methods"] = other["methods"] | record["methods"]
         record["texts"] |= other["texts"]
+        record["command"] += " & " + other["command"]
     record["acceptance"] = acceptance(record["methods"])
     harness.write_json(output, record)
 

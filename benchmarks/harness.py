@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,7 @@ import torch  # noqa: E402
 import undersong  # noqa: E402
 
 MIN_ROUNDS = 20
+_PLACES = ("--out", "--output", "--texts")  # where files go does not change a figure, and is nobody else's business
 PACKAGES = ("torch", "triton", "transformers", "kernels")
 
 
@@ -281,7 +283,13 @@ def _git(*arguments: str) -> str:
 
 def _command() -> str:
     script = Path(sys.argv[0])
-    return " ".join(["python", os.path.relpath(script) if script.exists() else script.name, *sys.argv[1:]])
+    arguments, told_where = [], False
+    for argument in sys.argv[1:]:
+        if argument.startswith("--"):
+            told_where = argument.partition("=")[0] in _PLACES
+        if not told_where:
+            arguments.append(shlex.quote(argument))
+    return " ".join(["python", os.path.relpath(script) if script.exists() else script.name, *arguments])
 
 
 def _hardware(device: torch.device) -> dict[str, str | int | None]:
