@@ -12,16 +12,8 @@ from undersong.metrics import rep_n
 
 from .tiny_llama import left_padded, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB = 12
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On matrices this small, threads that wait for one another cost more than they help."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random_scores(count, rows=1, seed=0, scale=2.0):

@@ -16,17 +16,9 @@ from tests.generation.tiny_llama import tiny_llama
 from undersong.metrics.self_reinforcement import self_reinforcement
 from undersong.training import DittoDataCollator, DittoLoss, DittoTrainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 END, VOCAB = 3, 24
 TOKENIZER = SimpleNamespace(pad_token_id=0, save_pretrained=lambda folder: None)  # as much as is asked for here
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On matrices this small, threads that wait for one another cost more than they help."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Recorder(DittoDataCollator):
