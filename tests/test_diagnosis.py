@@ -12,6 +12,7 @@ import torch
 import undersong
 from undersong import diagnosis, ops
 from undersong.diagnosis import DoctorReport, doctor, judge_pair
+from undersong.ops import _dispatch
 
 
 @pytest.fixture
@@ -84,7 +85,11 @@ def test_the_report_of_this_machine(cache, no_interpreter):
 def test_without_a_gpu_every_op_takes_torch_and_says_why(cache, no_interpreter):
     report = doctor()
     assert {row["auto"] for row in report.ops} == {"torch"}
-    assert all(row["reason"].startswith("no GPU; triton: it needs CUDA tensors") for row in report.ops)
+    reasons = {row["op"]: row["reason"] for row in report.ops}
+    for op, reason in reasons.items():
+        why = "this op has no kernel" if _dispatch._OPS[op].kernel is None else "it needs CUDA tensors"
+        assert reason.startswith(f"no GPU; triton: {why}"), op
+    assert reasons["selective_scan"].startswith("no GPU; triton: it needs CUDA tensors")
     assert all("no kernel for device cpu" in row["here"] for row in report.layers)
 
 

@@ -92,8 +92,9 @@ def run(op: Op, backend: str, *args):
 def explain() -> Explanation:
     """Which backend each op ran last, why, and how often each ran: `{op: Record}`, printable.
 
-    >>> print(explain())
-    cumulative_softmax_average: ...
+    >>> from undersong.ops import explain
+    >>> print(*explain(), sep=", ")
+    causal_conv1d, ...
     """
     return Explanation((name, dataclasses.replace(r, counts=dict(r.counts))) for name, r in _RECORDS.items())
 
