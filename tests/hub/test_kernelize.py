@@ -234,9 +234,17 @@ def test_functions_are_listed_with_the_module_that_uses_them(ship):
         def forward(self, x):
             return scale(x)
 
-    model = nn.Sequential(kernels.use_kernelized_func(scale)(Uses)())
-    assert kernelize(model).accelerated == ["0.ToyScale"]
-    assert torch.equal(model(X), 2 * X)
+    uses = kernels.use_kernelized_func(scale)(Uses)
+    model, other = nn.Sequential(uses(), uses()), uses()
+    report = kernelize(model)
+    assert report.accelerated == ["0.ToyScale", "1.ToyScale"]
+    assert {use.reason for use in report.values()} == {
+        "kernel taken from this package, by every model of the process that calls it"
+    }
+    assert torch.equal(model(X), 4 * X)
+    assert torch.equal(other(X), 2 * X), "a function is one object for all models"
+    kernelize(model, device="xpu")
+    assert torch.equal(other(X), 2 * X + 1)
 
 
 def test_hub_choice_is_checked(ship, monkeypatch):
@@ -249,10 +257,23 @@ def test_hub_choice_is_checked(ship, monkeypatch):
 def process_mapping():
     """What is registered for the process ends with the test."""
     from kernels.layer.globals import _KERNEL_MAPPING
+    from transformers.integrations import hub_kernels
 
     token = _KERNEL_MAPPING.set({})
     yield
     _KERNEL_MAPPING.reset(token)
+    hub_kernels._KERNEL_MAPPING_CACHE = None
+
+
+def test_register_kernels_outlasts_the_defaults_of_transformers(ship, process_mapping):
+    hub_kernels = pytest.importorskip("transformers.integrations.hub_kernels")
+    if not hasattr(hub_kernels, "get_kernel_mapping_transformers"):
+        pytest.skip("this transformers refuses the installed kernels")
+    ours = register_kernels()
+    assert ours == ["ToyScale"]
+    defaults = hub_kernels.get_kernel_mapping_transformers()
+    assert "ToyScale" in defaults
+    assert "RMSNorm" in defaults
 
 
 def needs_accepted_kernels(load):
@@ -294,12 +315,17 @@ def test_float64_models_keep_torch_and_its_precision(ship):
 
 
 def test_a_kernel_that_failed_its_self_check_is_not_taken(ship, monkeypatch):
-    monkeypatch.setattr(undersong.ops, "explain", lambda: {"toy_scale": None})
-    row = {"op": "toy_scale", "backend": "triton", "self_check": "failed", "reason": "off by 3"}
-    monkeypatch.setattr(undersong.ops, "status", lambda: [row])
+    from undersong.ops import _dispatch
+
+    rows = {
+        name: _dispatch.Op(name, None, None, kernel) for name, kernel in [("double", "other"), ("half", "toy_scale")]
+    }
+    monkeypatch.setattr(_dispatch, "_OPS", rows)
+    monkeypatch.setattr(_dispatch, "_kernel_problem", lambda name, device: None)
+    monkeypatch.setattr(_dispatch, "_self_check", lambda name, device, dtype: (name == "double", "off by 3", None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert kernelize(Model(), device="cuda")["scales.0"].reason == (
-        "the kernel failed its self-check on this machine: off by 3"
+        "the kernel failed its self-check on this machine: half: off by 3"
     )
     assert register_kernels() == []
 

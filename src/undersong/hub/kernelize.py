@@ -7,8 +7,10 @@ the Hub with `UNDERSONG_KERNELS=hub` in the environment.
 What to know: a model stays kernelized until `kernelize` runs again, so run it again after moving the model to another
 device, before `torch.compile`, and after `train()` / `eval()` if a kernel has no backward (the report of that mode
 tells; all of ours have one). Running it again is safe, also where no kernel fits any more: the torch forward comes
-back then. A module gets its kernel as an instance attribute, so one model never changes another; a decorated
-*function* is one object for the process, so kernelizing it changes every model that uses it.
+back then. A module gets its kernel as an instance attribute, so one model never changes another. A decorated
+*function*, as transformers' own Mamba models use them, is one object for the process: kernelizing one model changes it
+for every model that calls it, and the report says so. Our kernels send what they cannot compute, tensors on a CPU for
+instance, on to the function they replaced; kernelizing a model on the CPU gives every model the torch function back.
 """
 
 import importlib.util
@@ -62,7 +64,8 @@ class KernelReport(dict):
 def kernelize(model, mode: str | None = None, device: str | None = None, *, trust_remote_code=False) -> KernelReport:
     """Gives every layer of `model` that undersong has a kernel for that kernel; other layers are left as they are.
 
-    Nothing is registered beyond this model, and nothing raises when a kernel is missing: the report tells.
+    Nothing is registered beyond this model, and nothing raises when a kernel is missing: the report tells. It also
+    tells where a layer is a function that other models of this process share, and so run with its kernel from now on.
 
     Args:
         model: any `nn.Module`, changed in place.
@@ -86,10 +89,13 @@ def kernelize(model, mode: str | None = None, device: str | None = None, *, trus
     mode = _mode_names(model, mode)
     device = _device_type(model, device)
     report = KernelReport(device=device, mode="|".join(mode))
-    sources, failed = _layers(), {}
+    sources, failed, shared = _layers(), {}, {}
     dtypes = {parameter.dtype for parameter in model.parameters()}
     for path, module in _places(model):
         layer = module.kernel_layer_name
+        if module in shared:  # a function that another module of the model uses too
+            report[path] = shared[module]
+            continue
         if layer not in sources:
             reason = "not a layer of undersong, left as it is"
         elif not (reason := failed.get(layer) or _obstacle(sources[layer], device, dtypes)):
@@ -104,6 +110,10 @@ def kernelize(model, mode: str | None = None, device: str | None = None, *, trus
             module.__dict__.pop("forward")
             kernel = None
         report[path] = KernelUse(layer, kernel, reason)
+        if _is_function(module):
+            if kernel and layer in sources:
+                report[path] = KernelUse(layer, kernel, f"{reason}, by every model of the process that calls it")
+            shared[module] = report[path]
     return report
 
 
@@ -171,6 +181,12 @@ def register_kernels(*, trust_remote_code=False) -> list[str]:
 
     mapping = _mapping(trust_remote_code)
     register_kernel_mapping(mapping)
+    if importlib.util.find_spec("transformers") is not None:
+        from transformers.integrations import hub_kernels
+
+        # transformers registers its defaults anew with every use_kernels=True, over ours for Mamba's functions
+        if defaults := getattr(hub_kernels, "get_kernel_mapping_transformers", None):
+            defaults().update(mapping)
     return list(mapping)
 
 
@@ -199,6 +215,11 @@ def _places(model):
             yield path, module
         for name, function in getattr(module, "_kernel_funcs", {}).items():
             yield f"{path}.{name}".lstrip("."), function
+
+
+def _is_function(module) -> bool:
+    """Whether the module is what `use_kernel_forward_from_hub` makes of a function."""
+    return type(module).__module__.split(".")[0] == "kernels"
 
 
 def _from_hub() -> bool:
@@ -237,20 +258,27 @@ def _obstacle(source: KernelSource, device: str, dtypes=()) -> str | None:
         return f"no kernel for device {device}, only for {', '.join(source.backends)}{hint}"
     if _from_hub() and not source.repo_id:
         return f"{source.name} names no Hub repo in its build.toml"
-    return _failed_check(source) if device == "cuda" else None
+    return _failed_check(source, dtypes) if device == "cuda" else None
 
 
-def _failed_check(source: KernelSource) -> str | None:
-    """What the self-check said, where the op of the same name has found the kernel wrong on this GPU."""
+def _failed_check(source: KernelSource, dtypes=()) -> str | None:
+    """What the self-check said, where an op has found its kernel of this source wrong on this GPU, for a model with
+    parameters of these dtypes (the narrowest decides, as in the ops), or for any."""
     import torch
 
-    from .. import ops
+    from ..ops import _dispatch
 
-    if not torch.cuda.is_available() or source.folder.name not in ops.explain():
+    if not torch.cuda.is_available():
         return None
-    for row in ops.status():
-        if row["op"] == source.folder.name and row.get("self_check") == "failed":
-            return one_line(f"the kernel failed its self-check on this machine: {row['reason']}")
+    for op in _dispatch._OPS.values():
+        device = torch.device("cuda")
+        if op.kernel != source.folder.name or _dispatch._kernel_problem(op.name, device):
+            continue
+        narrow = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), torch.float32)
+        for dtype in (narrow,) if dtypes else (torch.float32, torch.bfloat16):
+            passed, reason, _ = _dispatch._self_check(op.name, device, dtype)
+            if not passed:
+                return one_line(f"the kernel failed its self-check on this machine: {op.name}: {reason}")
     return None
 
 
