@@ -57,6 +57,16 @@ def test_export_keeps_class_and_dtype(saved, tmp_path):
     assert again.config.num_labels == 3
 
 
+def test_export_of_a_stock_mamba_folder_gives_ours(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "stock")
+    result = call("export", tmp_path / "stock", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert f"FastMambaForCausalLM is in {tmp_path / 'out'}" in result.output
+
+
 def test_mistakes_are_one_line_and_exit_code_1(saved, tmp_path):
     from transformers import LlamaConfig
 

@@ -53,13 +53,13 @@ def test_auto_classes_know_every_row_in_either_order(first):
     code = f"""
 {first}
 import transformers
-from undersong.registry import ARCHITECTURES
+from undersong.registry import ARCHITECTURES, is_stock_head
 for row in ARCHITECTURES.values():
     config = transformers.AutoConfig.for_model(row.model_type, **row.tiny)
-    assert type(config).__module__.startswith("undersong."), type(config)
+    assert type(config) is row.config_class(), type(config)
     for head in row.models:
         auto = getattr(transformers, head, None)
-        if auto is not None:
+        if auto is not None and not is_stock_head(row, head):
             model = auto.from_config(config)
             assert type(model) is row.model_class(head), type(model)
 print("known")
@@ -88,6 +88,84 @@ assert not taken, f"transformers now has {taken} itself: rename ours or hand it 
 print("stock")
 """
     assert "stock" in python(code)
+
+
+HEADS = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+WHICH = f"""
+import tempfile, transformers
+def which(model_type):
+    from undersong.registry import ARCHITECTURES
+    config = transformers.AutoConfig.for_model(model_type, **ARCHITECTURES[model_type].tiny)
+    autos = [getattr(transformers, head) for head in {HEADS}]
+    built = [auto.from_config(config) for auto in autos]
+    with tempfile.TemporaryDirectory() as folder:
+        built[0].save_pretrained(folder)
+        loaded = [auto.from_pretrained(folder) for auto in autos]
+    assert [type(model) for model in built] == [type(model) for model in loaded]
+    return [type(model).__name__ for model in built]
+"""
+STOCK_OWNED = [row.model_type for row in ARCHITECTURES.values() if row.stock_owned]
+NAMES = {"mamba": "Mamba", "mamba2": "Mamba2"}
+
+
+def expected(model_type, ours):
+    name, fast = NAMES[model_type], "Fast" * ours
+    heads = [f"{fast}{name}Model", f"{fast}{name}ForCausalLM"]
+    return heads + [f"Fast{name}ForSequenceClassification", f"Fast{name}ForTokenClassification"]
+
+
+@pytest.mark.parametrize("model_type", STOCK_OWNED)
+@pytest.mark.parametrize(
+    "first", ["import undersong", "from transformers import AutoModel, MambaModel, Mamba2Model; import undersong"]
+)
+def test_a_type_of_transformers_stays_its_own_until_it_is_overridden(model_type, first):
+    code = f"""
+{first}
+{WHICH}
+stock, ours = {expected(model_type, False)}, {expected(model_type, True)}
+assert which({model_type!r}) == stock, which({model_type!r})
+undo = undersong.register(override=({model_type!r},))
+assert which({model_type!r}) == ours, which({model_type!r})
+with undersong.register(override=[{model_type!r}]):
+    assert which({model_type!r}) == ours
+assert which({model_type!r}) == ours, "the inner override gave back more than it took"
+undo()
+assert which({model_type!r}) == stock
+undo()
+assert which({model_type!r}) == stock
+print("right")
+"""
+    assert "right" in python(code)
+
+
+@pytest.mark.parametrize("model_type", STOCK_OWNED)
+def test_overriding_may_be_the_very_first_thing(model_type):
+    code = f"import undersong; undersong.register(override={model_type!r})\n{WHICH}\nprint(which({model_type!r}))"
+    assert str(expected(model_type, True)) in python(code)
+
+
+def test_overriding_one_type_leaves_the_others():
+    code = f"import undersong; undersong.register(override='mamba')\n{WHICH}\nprint(which('mamba2'))"
+    assert str(expected("mamba2", False)) in python(code)
+
+
+def test_a_head_that_transformers_grows_is_left_to_it():
+    code = f"""
+import undersong
+from transformers.models.auto import modeling_auto
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["mamba"] = "MambaModel"  # as if it had that head
+{WHICH}
+print(which("mamba"))
+"""
+    assert str([*expected("mamba", False)[:3], "MambaModel"]) in python(code)
+
+
+def test_what_cannot_be_overridden_is_named():
+    for name in ("aaren", "llama"):
+        with pytest.raises(
+            ValueError, match=rf"override \('{name}'\) must name types of transformers .*: mamba, mamba2"
+        ):
+            undersong.register(override=("mamba", name))
 
 
 def test_a_type_that_somebody_else_registered_first_stays_theirs():

@@ -26,16 +26,21 @@ _EXPORTS = {
     "JustReadTwice": "generation.read_twice:JustReadTwice",
     "LocalHub": "hub.local_hub:LocalHub",
     "LocallyTypicalLogitsWarper": "generation.typical:LocallyTypicalLogitsWarper",
+    "MambaTrainer": "training.mamba:MambaTrainer",
+    "MambaTrainerMixin": "training.mamba:MambaTrainerMixin",
     "ReadTwice": "generation.repeat_tokens:ReadTwice",
     "RecurrentStateLayer": "modeling.cache:RecurrentStateLayer",
     "SelfReinforcementCapLogitsProcessor": "generation.repetition_cap:SelfReinforcementCapLogitsProcessor",
     "SetBasedGenerate": "generation.set_generate:SetBasedGenerate",
     "SetPrompt": "generation.set_prompt:SetPrompt",
     "TopPLogitsWarper": "generation.top_p:TopPLogitsWarper",
+    "add_state_tuning": "training.mamba:add_state_tuning",
     "build_kernel": "hub.build_kernel:build_kernel",
     "data": "data",
+    "decode_graph": "modeling.decode_graph:decode_graph",
     "demo": "demo",
     "doctor": "diagnosis:doctor",
+    "enable_fast_mamba": "modeling.enable_fast_mamba:enable_fast_mamba",
     "export": "hub.export:export",
     "export_custom_generate": "hub.custom_generate:export_custom_generate",
     "generate": "generation.decoding_config:generate",
@@ -43,12 +48,16 @@ _EXPORTS = {
     "hub": "hub",
     "kernelize": "hub.kernelize:kernelize",
     "kernel_report": "hub.kernelize:kernel_report",
+    "load_original": "modeling.load_original:load_original",
+    "load_state": "modeling.state_file:load_state",
     "mcq": "generation.multiple_choice:mcq",
     "metrics": "metrics",
     "model_card": "hub.cards:model_card",
     "modeling": "modeling",
     "ops": "ops",
     "publish": "hub.publish:publish",
+    "register": "registry:register",
+    "save_state": "modeling.state_file:save_state",
     "self_reinforcement": "metrics.self_reinforcement:self_reinforcement",
     "training": "training",
 }
@@ -56,6 +65,7 @@ _EXPORTS |= {
     path.partition(":")[2]: path.removeprefix("undersong.")
     for row in registry.ARCHITECTURES.values()
     for path in (row.config, *row.models.values())
+    if path.startswith("undersong.")
 }
 
 __all__ = ["__version__", "registry", *_EXPORTS]

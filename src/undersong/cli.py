@@ -195,6 +195,8 @@ def _load(model, revision):
         known = ", ".join(undersong.registry.ARCHITECTURES)
         raise ValueError(f"model_type ({config.model_type}) of {model} must be one of undersong's: {known}.")
     classes = {path.partition(":")[2]: path for path in row.models.values()}
+    if row.stock_owned:  # such folders name transformers' class
+        classes |= {name.removeprefix("Fast"): path for name, path in classes.items()}
     name = (config.architectures or [None])[0]
     if name not in classes:
         raise ValueError(f"architectures ({name}) of {model} must name one of {', '.join(classes)}.")

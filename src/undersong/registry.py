@@ -26,7 +26,9 @@ class Architecture:
             `"TimeSeriesClassification"`; exports name it in `auto_map["AutoModel"]`.
         lora_targets: module names that PEFT adapts by default; `feedforward_targets` is the part of them inside the
             feed-forward block (IA3 scales those at their input).
-        causal, recurrent, seq2seq, stock_owned, has_cache: traits the common tests choose by.
+        causal, recurrent, seq2seq, has_cache: traits the common tests choose by.
+        stock_owned: the type, its configuration and some of its heads are transformers'. Auto classes keep giving
+            transformers' class for those heads and ours for the rest; `register(override=...)` changes that.
         tiny: configuration arguments of the smallest model that exercises every part, for tests.
     """
 
@@ -60,6 +62,10 @@ class Architecture:
 
 
 _AAREN = "undersong.modeling.aaren.modeling_aaren"
+_MAMBA = "undersong.modeling.mamba.modeling_mamba"
+_MAMBA2 = "undersong.modeling.mamba2.modeling_mamba2"
+_S4D = "undersong.modeling.s4d.modeling_s4d"
+_S5 = "undersong.modeling.s5.modeling_s5"
 _ROWS = [
     Architecture(
         model_type="aaren",
@@ -91,6 +97,117 @@ _ROWS = [
             "num_attention_heads": 4,
             "intermediate_size": 64,
             "max_position_embeddings": 128,
+            "input_size": 3,
+        },
+    ),
+    Architecture(
+        model_type="mamba",
+        config="transformers.models.mamba.configuration_mamba:MambaConfig",
+        models={
+            "AutoModel": f"{_MAMBA}:FastMambaModel",
+            "AutoModelForCausalLM": f"{_MAMBA}:FastMambaForCausalLM",
+            "AutoModelForSequenceClassification": f"{_MAMBA}:FastMambaForSequenceClassification",
+            "AutoModelForTokenClassification": f"{_MAMBA}:FastMambaForTokenClassification",
+        },
+        title="Mamba",
+        summary="transformers' Mamba, same checkpoints: right for padding, packing and chunks, fast on any device.",
+        paper="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+        arxiv="2312.00752",
+        citation="""@article{gu2023mamba,
+  title   = {Mamba: Linear-Time Sequence Modeling with Selective State Spaces},
+  author  = {Gu, Albert and Dao, Tri},
+  journal = {arXiv preprint arXiv:2312.00752},
+  year    = {2023}
+}""",
+        # dt_proj works too, but only in our classes: transformers' own reads its weight past the adapter
+        lora_targets=("in_proj", "x_proj"),
+        stock_owned=True,
+        tiny={"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4},
+    ),
+    Architecture(
+        model_type="mamba2",
+        config="transformers.models.mamba2.configuration_mamba2:Mamba2Config",
+        models={
+            "AutoModel": f"{_MAMBA2}:FastMamba2Model",
+            "AutoModelForCausalLM": f"{_MAMBA2}:FastMamba2ForCausalLM",
+            "AutoModelForSequenceClassification": f"{_MAMBA2}:FastMamba2ForSequenceClassification",
+            "AutoModelForTokenClassification": f"{_MAMBA2}:FastMamba2ForTokenClassification",
+        },
+        title="Mamba-2",
+        summary="transformers' Mamba-2, same checkpoints: right for padding, packing and chunks, fast on any device.",
+        paper="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space"
+        " Duality",
+        arxiv="2405.21060",
+        citation="""@inproceedings{dao2024transformers,
+  title     = {Transformers are {SSM}s: Generalized Models and Efficient Algorithms
+               Through Structured State Space Duality},
+  author    = {Dao, Tri and Gu, Albert},
+  booktitle = {International Conference on Machine Learning (ICML)},
+  year      = {2024}
+}""",
+        lora_targets=("in_proj",),
+        stock_owned=True,
+        tiny={
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_heads": 8,
+            "head_dim": 8,
+            "state_size": 8,
+            "n_groups": 2,
+            "chunk_size": 8,
+        },
+    ),
+    Architecture(
+        model_type="s4d",
+        config="undersong.modeling.s4d.configuration_s4d:S4DConfig",
+        models={
+            "AutoModel": f"{_S4D}:S4DModel",
+            "AutoModelForCausalLM": f"{_S4D}:S4DForCausalLM",
+            "AutoModelForSequenceClassification": f"{_S4D}:S4DForSequenceClassification",
+            "TimeSeriesClassification": f"{_S4D}:S4DForTimeSeriesClassification",
+        },
+        title="S4D",
+        summary="A diagonal state space in every channel: trains as a long convolution, decodes with an O(1) state.",
+        paper="On the Parameterization and Initialization of Diagonal State Space Models",
+        arxiv="2206.11893",
+        citation="""@inproceedings{gu2022parameterization,
+  title     = {On the Parameterization and Initialization of Diagonal State Space Models},
+  author    = {Gu, Albert and Gupta, Ankit and Goel, Karan and R{\\'e}, Christopher},
+  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year      = {2022}
+}""",
+        lora_targets=("out_proj",),
+        modalities=("text", "series"),
+        tiny={"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "input_size": 3},
+    ),
+    Architecture(
+        model_type="s5",
+        config="undersong.modeling.s5.configuration_s5:S5Config",
+        models={
+            "AutoModel": f"{_S5}:S5Model",
+            "AutoModelForCausalLM": f"{_S5}:S5ForCausalLM",
+            "AutoModelForSequenceClassification": f"{_S5}:S5ForSequenceClassification",
+            "TimeSeriesClassification": f"{_S5}:S5ForTimeSeriesClassification",
+        },
+        title="S5",
+        summary="One diagonal state space a layer, by parallel scan: O(1) state, steps of any size between tokens.",
+        paper="Simplified State Space Layers for Sequence Modeling",
+        arxiv="2208.04933",
+        citation="""@inproceedings{smith2023simplified,
+  title     = {Simplified State Space Layers for Sequence Modeling},
+  author    = {Smith, Jimmy T. H. and Warrington, Andrew and Linderman, Scott W.},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2023}
+}""",
+        lora_targets=("out_proj",),
+        modalities=("text", "series"),
+        tiny={
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_blocks": 2,
             "input_size": 3,
         },
     ),
@@ -144,14 +261,14 @@ def _register_configs():
 
     for row in ARCHITECTURES.values():
         if row.stock_owned:
-            continue
+            continue  # its config is transformers': that module's own hook registers the heads
         ours = row.config_class()
         owner = None
         if row.model_type in CONFIG_MAPPING:  # not .get(): this lazy mapping only answers to []
             owner = CONFIG_MAPPING[row.model_type]
         if owner is None:
             AutoConfig.register(row.model_type, ours)
-            _register_models_with_first_config(row, ours)
+            _register_models_with_first_config(row)
         elif owner is not ours:
             # never replace a type behind the user's back, whoever was first
             warnings.warn(
@@ -161,8 +278,9 @@ def _register_configs():
             )
 
 
-def _register_models_with_first_config(row, config_class):
+def _register_models_with_first_config(row):
     # Wrapped from outside, so that nothing of it is in the source that exports carry.
+    config_class = row.config_class()
     original = config_class.__post_init__
 
     @functools.wraps(original)
@@ -175,13 +293,56 @@ def _register_models_with_first_config(row, config_class):
 
 
 def register_models(row):
-    """Registers every model class of a row with its Auto class (imports torch and the modeling file)."""
+    """Registers the model classes of a row with their Auto classes (imports torch and the modeling file).
+
+    Of a type that transformers owns, only the heads that transformers lacks.
+    """
+    for head, auto_class in _auto_classes(row):
+        if not is_stock_head(row, head):
+            auto_class.register(row.config_class(), row.model_class(head), exist_ok=True)
+
+
+def is_stock_head(row, head):
+    """Whether transformers has a class of its own for this head of the row's type."""
     import transformers
 
-    for head, path in row.models.items():
-        auto_class = getattr(transformers, head, None)
-        if auto_class is not None:
-            auto_class.register(row.config_class(), _load(path), exist_ok=True)
+    auto_class = getattr(transformers, head, None)
+    # its table of names by model type, which registrations do not change
+    return row.stock_owned and auto_class is not None and row.model_type in auto_class._model_mapping._model_mapping
+
+
+def _auto_classes(row):
+    import transformers
+
+    return [(head, getattr(transformers, head)) for head in row.models if hasattr(transformers, head)]
+
+
+class Override:
+    """Undoes `register(override=...)`: call it, or leave the `with` block."""
+
+    def __init__(self, rows):
+        self._replaced = []
+        for row in rows:
+            for head, auto_class in _auto_classes(row):
+                if is_stock_head(row, head):
+                    table = auto_class._model_mapping._extra_content  # what register() fills, asked first
+                    self._replaced.append((table, row.config_class(), table.get(row.config_class())))
+                    auto_class.register(row.config_class(), row.model_class(head), exist_ok=True)
+
+    def __call__(self):
+        """Gives the heads back to whom they belonged; a second call does nothing."""
+        while self._replaced:
+            table, config_class, before = self._replaced.pop()
+            if before is None:
+                table.pop(config_class, None)
+            else:
+                table[config_class] = before
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self()
 
 
 # The PEFT tables that do not hold projections to adapt: layer norms, prefix tuning, and those IA3 wants apart.
@@ -208,14 +369,45 @@ def _register_peft():
 _CALLBACKS = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "peft.utils.constants": _register_peft,
+} | {
+    row.config.partition(":")[0]: functools.partial(_register_models_with_first_config, row)
+    for row in ARCHITECTURES.values()
+    if row.stock_owned
 }
 
 
-def register():
-    """Makes transformers and PEFT know every row. Idempotent; called by `import undersong`."""
-    if any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, _AfterImport(_CALLBACKS))
-    for name, callback in _CALLBACKS.items():
-        if name in sys.modules:
-            callback()
+def register(*, override=()):
+    """Makes transformers and PEFT know every row. Idempotent; called by `import undersong`.
+
+    Args:
+        override: model types of transformers' own, such as `("mamba", "mamba2")`, whose heads the Auto classes are to
+            give as ours from now on. Nothing is overridden by default.
+
+    Returns:
+        With `override`, an `Override`: call it, or use it as a context manager, to give the heads back. Else None.
+
+    Raises:
+        ValueError: `override` names a type that is not transformers' own or that undersong has no classes for.
+
+    >>> from transformers import AutoModelForCausalLM, MambaConfig
+    >>> config = MambaConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1)
+    >>> with register(override=("mamba",)):
+    ...     type(AutoModelForCausalLM.from_config(config)).__name__
+    'FastMambaForCausalLM'
+    >>> type(AutoModelForCausalLM.from_config(config)).__name__
+    'MambaForCausalLM'
+    """
+    override = (override,) if isinstance(override, str) else tuple(override)
+    stock_owned = [row.model_type for row in ARCHITECTURES.values() if row.stock_owned]
+    for model_type in override:
+        if model_type not in stock_owned:
+            raise ValueError(
+                f"override ({model_type!r}) must name types of transformers that undersong has classes for:"
+                f" {', '.join(stock_owned)}; other types need no override."
+            )
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(_CALLBACKS))
+        for name, callback in _CALLBACKS.items():
+            if name in sys.modules:
+                callback()
+    return Override([ARCHITECTURES[model_type] for model_type in override]) if override else None

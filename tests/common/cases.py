@@ -1,8 +1,9 @@
 """What the common tests share: the registry's rows, a small model of each head, and inputs for it."""
 
 import torch
+import transformers
 
-from undersong.registry import ARCHITECTURES
+from undersong.registry import ARCHITECTURES, is_stock_head
 
 ROWS = list(ARCHITECTURES.values())
 RECURRENT = [row for row in ROWS if row.recurrent and row.causal and row.has_cache]
@@ -17,12 +18,24 @@ def name(case):
     return case if isinstance(case, str) else case.model_type
 
 
-def build(row, head="AutoModel", dtype=torch.float32, seed=0, **overrides):
-    """A small random model with weights large enough that every part of it matters to the output."""
-    torch.manual_seed(seed)
-    config = row.config_class()(
+def stock_class(row, head):
+    """transformers' own class for a head of a type that it owns; None where it has none."""
+    if not is_stock_head(row, head):
+        return None
+    table = getattr(transformers, head)._model_mapping
+    return table._load_attr_from_module(row.model_type, table._model_mapping[row.model_type])
+
+
+def make_config(row, **overrides):
+    return row.config_class()(
         **{**row.tiny, "initializer_range": 0.3, "pad_token_id": 0, "num_labels": 3, **overrides}
     )
+
+
+def build(row, head="AutoModel", dtype=torch.float32, seed=0, **overrides):
+    """A small random model with weights large enough that every part of it matters to the output."""
+    config = make_config(row, **overrides)
+    torch.manual_seed(seed)
     return row.model_class(head)(config).to(dtype).eval()
 
 

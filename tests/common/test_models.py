@@ -1,5 +1,6 @@
 """What every registered head promises as a transformers model: Auto classes, saving, loss, PEFT, checkpointing."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from .cases import HEADS, ROWS, build, close, make_inputs, name, output_of
+from .cases import HEADS, ROWS, build, close, make_inputs, name, output_of, stock_class
 
 every_head = pytest.mark.parametrize(("row", "head"), HEADS, ids=name)
 
@@ -17,6 +18,8 @@ def labels_for(model, inputs):
     """Labels that the head's loss takes."""
     if "CausalLM" in type(model).__name__:
         return {"labels": inputs["input_ids"]}
+    if "TokenClassification" in type(model).__name__:
+        return {"labels": inputs["input_ids"] % model.config.num_labels}
     return {"labels": torch.arange(len(next(iter(inputs.values())))) % model.config.num_labels}
 
 
@@ -30,6 +33,9 @@ def test_auto_class_gives_ours_and_round_trips(row, head, tmp_path):
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     assert type(config) is row.config_class()
     auto = getattr(transformers, head, None) or type(model)
+    if (stock := stock_class(row, head)) is not None:
+        check_folders_go_both_ways(model, auto, stock, tmp_path)
+        auto = type(model)
     assert type(auto.from_config(config) if auto is not type(model) else auto(config)) is type(model)
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is type(model)
@@ -38,6 +44,21 @@ def test_auto_class_gives_ours_and_round_trips(row, head, tmp_path):
     # Not to the last bit: weights mapped from a file start at other addresses, and by those a matrix product rounds.
     with torch.no_grad():
         close(output_of(loaded.eval(), **inputs), output_of(model, **inputs), atol=1e-5)
+
+
+def check_folders_go_both_ways(model, auto, stock, folder):
+    """A head that transformers owns: Auto gives its class, which loads our folder as we load what it saves."""
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [stock.__name__]
+    assert type(auto.from_config(model.config)) is stock
+    theirs, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert type(theirs) is stock
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs.save_pretrained(folder / "theirs")
+    ours = type(model).from_pretrained(folder / "theirs")
+    want = model.state_dict()
+    for loaded in (theirs, ours):
+        assert loaded.state_dict().keys() == want.keys()
+        assert all(torch.equal(value, want[key]) for key, value in loaded.state_dict().items())
 
 
 @every_head
@@ -140,7 +161,17 @@ def test_initialisation_is_finite_and_from_the_config(row, head):
     model = build(row, head, initializer_range=0.02)
     for key, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all(), key
-        assert parameter.abs().max() < 1.5, f"{key} starts at {parameter.abs().max():.3g}"
+        if "mixer" not in key:  # the parameters of a state space have scales of their own
+            assert parameter.abs().max() < 1.5, f"{key} starts at {parameter.abs().max():.3g}"
+
+
+@pytest.mark.parametrize(("row", "head"), [case for case in HEADS if stock_class(*case) is not None], ids=name)
+def test_a_head_that_transformers_owns_starts_with_its_weights(row, head):
+    model = build(row, head)
+    torch.manual_seed(0)
+    want = stock_class(row, head)(model.config).state_dict()
+    assert model.state_dict().keys() == want.keys()
+    assert all(torch.equal(value, want[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("row", ROWS, ids=name)
@@ -156,6 +187,7 @@ def test_exported_model_runs_without_undersong(row, tmp_path):
         with torch.no_grad():
             torch.save({"inputs": inputs, "want": output_of(with_ours, **inputs)}, tmp_path / "case.pt")
         auto = head if hasattr(transformers, head) else "AutoModel"
+        stock = stock_class(row, head)
         code = f"""
             import sys
             class Blocked:
@@ -171,6 +203,12 @@ def test_exported_model_runs_without_undersong(row, tmp_path):
                 outputs = model(**case["inputs"])
             got = outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
             assert torch.equal(got, case["want"]), (got - case["want"]).abs().max()
+            if {stock is not None}:  # a head of transformers' own: without remote code, it loads the same folder
+                model = transformers.{auto}.from_pretrained({str(folder)!r}).eval()
+                assert type(model).__name__ == {stock.__name__ if stock else None!r}, type(model)
+                with torch.no_grad():
+                    got = model(**case["inputs"])[0]
+                assert (got - case["want"]).abs().max() < 1e-4
             assert "undersong" not in sys.modules
             print("bit-equal")
         """

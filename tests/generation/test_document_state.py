@@ -13,6 +13,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from undersong import FastMambaForCausalLM
 from undersong.generation.document_state import answer, branch, twice_state
 
 from .test_repeat_tokens import tiny_aaren, tiny_mamba2
@@ -38,7 +39,22 @@ def tiny_qwen3():
     return Qwen3ForCausalLM(config).eval()
 
 
-MODELS = {"llama": tiny_llama, "gpt2": tiny_gpt2, "qwen3": tiny_qwen3, "aaren": tiny_aaren, "mamba2": tiny_mamba2}
+def tiny_fast_mamba():
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=1.0)
+    model = FastMambaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+MODELS = {
+    "fast_mamba": tiny_fast_mamba,
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "qwen3": tiny_qwen3,
+    "aaren": tiny_aaren,
+    "mamba2": tiny_mamba2,
+}
 
 
 @pytest.fixture(params=MODELS)
@@ -53,7 +69,7 @@ def state(model):
 
 @torch.no_grad()
 def test_branches_give_the_logits_of_the_whole_prompt(model, state):
-    name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
+    name = "cache_params" if type(model).__name__ == "Mamba2ForCausalLM" else "past_key_values"
     questions = torch.tensor([[40, 41, 42], [43, 44, 45], [46, 47, 48]])
     want = model(torch.cat([torch.tensor([FULL] * 3), questions], 1)).logits[:, -3:]
     for cache in (branch(state, 3), branch(state, 3)):  # twice: the first branch left the state as it was
@@ -91,7 +107,10 @@ def test_stock_mamba_1_is_refused_because_it_forgets():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4, initializer_range=1.0)
     model = MambaForCausalLM(config).eval()
-    with pytest.raises(ValueError, match="MambaForCausalLM drops its state .* use a Mamba-2 model, or ReadTwice"):
+    with pytest.raises(
+        ValueError,
+        match="MambaForCausalLM drops its state .* use FastMambaForCausalLM or a Mamba-2 model, or ReadTwice",
+    ):
         twice_state(model, DOC)
     # What the refusal is about. Should this fail one day, stock Mamba continues its state and the refusal can go.
     ids = torch.tensor([FULL])

@@ -14,7 +14,7 @@ import torch
 import transformers
 from transformers.testing_utils import torch_device
 
-from undersong.registry import ARCHITECTURES
+from undersong.registry import ARCHITECTURES, register
 
 from .fetch import FetchError, fetch
 
@@ -45,6 +45,7 @@ def _mask():
 
 
 BATCH, LENGTH = 3, 7
+COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # a Mamba has no attention heads
 INPUTS = {"input_ids": _input_ids, "past_values": _past_values}
 
 
@@ -82,7 +83,10 @@ def make_test_class(row, main_input, heads):
 
     def setUp(self):
         self.model_tester = CommonTester(row, main_input)
-        self.config_tester = ConfigTester(self, config_class=row.config_class(), **row.tiny)
+        common = [name for name in COMMON if hasattr(self.model_tester.get_config(), name)]
+        self.config_tester = ConfigTester(self, config_class=row.config_class(), common_properties=common, **row.tiny)
+        if row.stock_owned:  # the suite loads through Auto classes and expects the class under test
+            self.enterContext(register(override=(row.model_type,)))
         for head, cls in classes.items():
             self.enterContext(patch.dict(auto_names(head), {row.model_type: cls.__name__}))
 

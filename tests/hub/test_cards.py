@@ -128,3 +128,14 @@ def test_both_examples_of_a_card_run(tmp_path):
         outputs.append(run.stdout)
     assert outputs[0] == outputs[1]
     assert "torch.Size([1, 4, 32])" in outputs[0]
+
+
+def test_the_card_of_a_type_that_transformers_owns_says_which_class_comes_without_remote_code():
+    says = "load the same weights into `transformers`' own class"
+    card = model_card(registry.ARCHITECTURES["mamba"], repo_id="me/mamba")
+    assert says in " ".join(card.content.split())
+    assert "from undersong import FastMambaForCausalLM" in card.content
+    missing = model_card(registry.ARCHITECTURES["mamba"], repo_id="me/mamba", head="AutoModelForTokenClassification")
+    assert says not in " ".join(missing.content.split())
+    assert missing.data.pipeline_tag == "token-classification"
+    assert says not in model_card(registry.ARCHITECTURES["aaren"]).content

@@ -56,17 +56,19 @@ def twice_state(
     >>> [tokens.shape for tokens in answers]
     [torch.Size([2]), torch.Size([2])]
     """
-    if model.config.model_type in _FORGET_THEIR_STATE:
+    stock = type(model).__module__.startswith("transformers.models.")
+    if stock and model.config.model_type in _FORGET_THEIR_STATE:
         raise ValueError(
             f"{type(model).__name__} drops its state when several tokens continue a cache, so questions would be"
-            " answered without the document; use a Mamba-2 model, or ReadTwice, which reads the prompt in one piece."
+            " answered without the document; use FastMambaForCausalLM or a Mamba-2 model, or ReadTwice, which reads"
+            " the prompt in one piece."
         )
     doc = torch.as_tensor(doc_ids).reshape(-1).tolist()
     ids = [*prefix_ids, *repeat_input_ids(doc, (0, len(doc)), times, separator_ids)]
     check_fits(model, len(ids), times)
     with torch.no_grad():
         output = model(torch.tensor([ids], device=model.device), use_cache=True)
-    return output[_cache_name(model)]
+    return getattr(output, _cache_name(model))
 
 
 def branch(cache, copies: int):
@@ -99,7 +101,7 @@ def answer(model, cache, questions: Sequence[Sequence[int]], **generate_kwargs) 
     if 0 in lengths:
         raise ValueError(f"questions[{lengths.index(0)}] must hold a token, because generation starts from its end.")
     name = _cache_name(model)
-    past = cache.get_seq_length() if name == "past_key_values" else 0  # a Mamba cache does not count
+    past = cache.get_seq_length() if name == "past_key_values" else 0  # transformers' Mamba caches do not count
     answers = [None] * len(questions)
     for length in sorted(set(lengths)):
         rows = [row for row, size in enumerate(lengths) if size == length]
@@ -112,4 +114,4 @@ def answer(model, cache, questions: Sequence[Sequence[int]], **generate_kwargs) 
 
 
 def _cache_name(model):
-    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "past_key_values" if "past_key_values" in inspect.signature(model.forward).parameters else "cache_params"

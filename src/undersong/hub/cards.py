@@ -30,6 +30,7 @@ _HEADS = {
     "AutoModelForSequenceClassification": _Head(
         "text-classification", _IDS, "print(model(**inputs).logits.softmax(-1))"
     ),
+    "AutoModelForTokenClassification": _Head("token-classification", _IDS, "print(model(**inputs).logits.argmax(-1))"),
     "TimeSeriesClassification": _Head(
         None,
         'inputs = {"past_values": torch.randn(1, 64, model.config.input_size)}  # [batch, length, channels]',
@@ -78,7 +79,7 @@ def model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    from undersong.registry import Architecture
+    from undersong.registry import Architecture, is_stock_head
 
     if isinstance(model_or_row, Architecture):
         row = model_or_row
@@ -116,6 +117,7 @@ def model_card(
         class_name=class_path.rpartition(":")[2],
         auto_class=_auto_class(head),
         text_in=text_in,
+        stock_head=row is not None and is_stock_head(row, head),
         backbone_instead=row is not None and head not in ("AutoModel", _auto_class(head)),
         # where the type is unknown, AutoTokenizer reads the configuration too, and that is code of the repository
         remote_inputs=_TEXT.format(model_id=model_id, trust=", trust_remote_code=True") if text_in else kind.inputs,

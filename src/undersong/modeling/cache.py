@@ -156,19 +156,69 @@ def adopt_cache(cache, layer_types):
         recurrent = layer_type == "linear_attention"
         if index == len(cache.layers):
             cache.layers.append(RecurrentStateLayer() if recurrent else DynamicLayer())
-        elif recurrent and not isinstance(cache.layers[index], RecurrentStateLayer):
-            layer = cache.layers[index]
-            if layer.is_initialized if isinstance(layer, CacheLayerMixin) else layer.has_previous_state[0]:
-                raise ValueError(
-                    f"past_key_values already holds a {type(layer).__name__} with content at layer {index}, which is"
-                    " another model's state; pass a fresh DynamicCache()."
-                )
-            cache.layers[index] = RecurrentStateLayer()
+        elif recurrent:
+            adopt_layer(cache, index)
     return cache
 
 
+def adopt_layer(cache, index):
+    """Puts a `RecurrentStateLayer` into a cache for a stock layer that is still empty; ValueError if it is not."""
+    layer = cache.layers[index]
+    if isinstance(layer, RecurrentStateLayer):
+        return
+    if layer.is_initialized if isinstance(layer, CacheLayerMixin) else layer.has_previous_state[0]:
+        raise ValueError(
+            f"past_key_values already holds a {type(layer).__name__} with content at layer {index}, which is"
+            " another model's state; pass a fresh DynamicCache()."
+        )
+    cache.layers[index] = RecurrentStateLayer()
+
+
+def continue_cache(cache, layer_types, *, wanted, packed, checkpointing):
+    """The cache that a forward reads and fills, or None.
+
+    Args:
+        cache: what the caller passed, or None; it is used even where none is `wanted`.
+        wanted: `use_cache`.
+        packed: whether the batch is packed: it ends in one state per sequence, which no row could continue.
+        checkpointing: whether gradient checkpointing trains, where layers run without a cache.
+
+    Raises:
+        ValueError: a cache was passed under gradient checkpointing, or with a past for packed input.
+    """
+    if cache is not None and checkpointing:
+        raise ValueError(
+            "past_key_values cannot be used while gradient checkpointing trains: the layers would run without it;"
+            " call model.eval() or switch gradient checkpointing off."
+        )
+    if packed and cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(
+            "packed input (position_ids that restart, seq_idx or cu_seq_lens_q) cannot continue a cache: it"
+            " would be unclear which sequence goes on; run the sequences as rows of a padded batch."
+        )
+    if packed or checkpointing or not (wanted or cache is not None):
+        return None
+    return adopt_cache(cache, layer_types)
+
+
+def count_tokens(cache, shape, mask, device):
+    """Counts `shape = (batch, length)` further positions in every recurrent layer; `mask` False is padding."""
+    valid = torch.full(shape[:1], shape[1], device=device) if mask is None else mask.sum(1)
+    first, *others = (layer for layer in cache.layers if isinstance(layer, RecurrentStateLayer))
+    first.advance(shape[1], valid)
+    for layer in others:  # one sum on the device, not one a layer
+        layer.seen_tokens, layer.valid_tokens = first.seen_tokens, first.valid_tokens
+
+
 class RecurrentGenerationMixin(GenerationMixin):
-    """`generate()` with recurrent states: builds the cache, and refuses by name what cannot work."""
+    """`generate()` with recurrent states: builds the cache, and refuses by name what cannot work.
+
+    Inside generate() the cache goes by `past_key_values`, also for models that transformers expects to have
+    `cache_params` (any class with "mamba" in its name): chunked prefill and continuation only know the first.
+    """
+
+    def _update_model_kwargs_for_generation(self, *args, **kwargs):
+        return _one_name(super()._update_model_kwargs_for_generation(*args, **kwargs))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         implementation = generation_config.cache_implementation
@@ -177,12 +227,29 @@ class RecurrentGenerationMixin(GenerationMixin):
                 f"cache_implementation ({implementation!r}) is not available for {type(self).__name__}: its state has"
                 " a fixed size and never grows, so there is nothing to preallocate, quantize or offload; leave it out."
             )
-        cache = model_kwargs.get("past_key_values")
-        if cache is None and generation_config.use_cache:
-            model_kwargs["past_key_values"] = adopt_cache(None, self.config.layer_types)
-        elif cache is not None:
+        cache = _one_name(model_kwargs).get("past_key_values")
+        if cache is not None and implementation is not None:
+            raise ValueError(
+                f"cache_implementation ({implementation!r}) builds a cache, but past_key_values already holds one;"
+                " pass only one of the two."
+            )
+        if cache is not None or generation_config.use_cache:
             model_kwargs["past_key_values"] = adopt_cache(cache, self.config.layer_types)
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            if cache is not None:
+                cache._is_user_defined = True  # generate() leaves it filled
 
 
-__all__ = ["RecurrentGenerationMixin", "RecurrentStateLayer", "adopt_cache"]
+def _one_name(model_kwargs):
+    if (cache := model_kwargs.pop("cache_params", None)) is not None:
+        model_kwargs["past_key_values"] = cache
+    return model_kwargs
+
+
+__all__ = [
+    "RecurrentGenerationMixin",
+    "RecurrentStateLayer",
+    "adopt_cache",
+    "adopt_layer",
+    "continue_cache",
+    "count_tokens",
+]

@@ -56,6 +56,11 @@ def local_mask(attention_mask, length):
     return attention_mask[:, attention_mask.shape[1] - length :].bool()
 
 
+def is_all_valid(mask):
+    """Whether a mask hides nothing, where that is known without waiting for a device or breaking a traced graph."""
+    return mask.device.type == "cpu" and not is_tracing(mask) and bool(mask.all())
+
+
 def find_packing(shape, *, mask=None, position_ids=None, seq_idx=None, cu_seqlens=None):
     """Reads how a batch is packed, if it is.
 
@@ -138,4 +143,4 @@ def positions_of(shape, *, mask=None, packing=None, past=None, device=None):
     return positions if past is None else positions + past.unsqueeze(1)
 
 
-__all__ = ["Packing", "find_packing", "local_mask", "positions_of"]
+__all__ = ["Packing", "find_packing", "is_all_valid", "local_mask", "positions_of"]

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..._compat import use_kernel_forward_from_hub
 from ...ops.cumulative_softmax_average import cumulative_softmax_average
-from ..cache import RecurrentGenerationMixin, adopt_cache
+from ..cache import RecurrentGenerationMixin, continue_cache, count_tokens
 from ..sequences import find_packing, local_mask, positions_of
 from .configuration_aaren import AarenConfig
 
@@ -213,20 +213,13 @@ class AarenModel(AarenPreTrainedModel):
 
         mask = local_mask(attention_mask, shape[1])
         packing = find_packing(shape, mask=mask, position_ids=position_ids, seq_idx=seq_idx, cu_seqlens=cu_seq_lens_q)
-        if past_key_values is not None and self.gradient_checkpointing and self.training:
-            raise ValueError(
-                "past_key_values cannot be used while gradient checkpointing trains: the layers would run without it;"
-                " call model.eval() or switch gradient checkpointing off."
-            )
-        if packing is not None:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
-                raise ValueError(
-                    "packed input (position_ids that restart, seq_idx or cu_seq_lens_q) cannot continue a cache: it"
-                    " would be unclear which sequence goes on; run the sequences as rows of a padded batch."
-                )
-            past_key_values = None  # a packed batch ends in one state per sequence, which no row could continue
-        elif use_cache or past_key_values is not None:
-            past_key_values = adopt_cache(past_key_values, self.config.layer_types)
+        past_key_values = continue_cache(
+            past_key_values,
+            self.config.layer_types,
+            wanted=use_cache,
+            packed=packing is not None,
+            checkpointing=self.gradient_checkpointing and self.training,
+        )
 
         if self.embed_positions is not None:
             if position_ids is None:
@@ -238,9 +231,7 @@ class AarenModel(AarenPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask=mask, packing=packing, past_key_values=past_key_values)
         if past_key_values is not None:
-            valid = torch.full(shape[:1], shape[1], device=device) if mask is None else mask.sum(1)
-            for state in past_key_values.layers:
-                state.advance(shape[1], valid)
+            count_tokens(past_key_values, shape, mask, device)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
