@@ -1,7 +1,7 @@
 """Data and models for examples, tests and benchmarks. Importing it is cheap: torch and the rest load when called.
 
-Human prose is in `undersong.data.human_text`, token-level key-value documents (which need torch) in
-`undersong.data.key_value`.
+Human prose is in `undersong.data.human_text`; token-level tasks, which need torch, in `undersong.data.key_value`
+and `undersong.data.induction`, a series with a long delay in `undersong.data.long_delay`.
 """
 
 from .code_repeteval import load_code_repeteval, make_synthetic

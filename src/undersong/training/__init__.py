@@ -10,5 +10,14 @@ __all__, __getattr__ = lazy_names(
     {
         "ditto": ("DittoLoss", "DittoTrainer", "DittoTrainerMixin"),
         "ditto_data": ("DittoDataCollator", "sentence_end_ids"),
+        "mamba": (
+            "MambaTrainer",
+            "MambaTrainerMixin",
+            "add_state_tuning",
+            "allow_out_proj_adapters",
+            "load_state_tuning",
+            "save_state_tuning",
+        ),
+        "state_spaces": ("StateSpaceTrainer", "StateSpaceTrainerMixin", "state_space_groups"),
     },
 )
