@@ -13,7 +13,7 @@ KINDS = {
         Mamba2Config,
         Mamba2ForCausalLM,
         FastMamba2ForCausalLM,
-        {"num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+        {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
     ),
 }
 

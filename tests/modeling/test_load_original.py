@@ -40,7 +40,7 @@ def write(folder, kind, model, *, vocab_size=35, weights="pytorch_model.bin", dr
 
 
 def stock_of(kind):
-    return pair(kind, tie_word_embeddings=True, **({"n_groups": 1} if kind == "mamba2" else {}))[0]
+    return pair(kind, tie_word_embeddings=True)[0]
 
 
 @KINDS
@@ -125,7 +125,6 @@ def test_defaults_are_the_authors_not_transformers(tmp_path):
         ({"rms_norm": False}, r"rms_norm \(False\) must be True"),
         ({"ssm_cfg": {"d_ssm": 8}}, r"ssm_cfg has \['d_ssm'\], which transformers' Mamba1 does not know"),
         ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, r"ssm_cfg has \['norm_before_gate'\], which tr"),
-        ({"ssm_cfg": {"layer": "Mamba2", "ngroups": 2}}, r"ssm_cfg.ngroups \(2\) must be 1"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

@@ -118,11 +118,6 @@ def _config(original):
     if layer == "Mamba1":
         return MambaConfig(**values)
     values = _DEFAULTS2 | values
-    if values["n_groups"] > 1:
-        raise ValueError(
-            f"ssm_cfg.ngroups ({values['n_groups']}) must be 1: with more, the authors norm every group apart and"
-            " transformers all channels together, so the outputs would differ."
-        )
     return Mamba2Config(**values, num_heads=int(values["expand"] * values["hidden_size"]) // values["head_dim"])
 
 

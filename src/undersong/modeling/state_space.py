@@ -186,13 +186,17 @@ class RMSNorm:
 
 
 class GatedRMSNorm:
-    """rms(y * silu(z)): the gate comes before the norm."""
+    """rms(y * silu(z)), every group of `group_size` channels by itself: the gate comes before the norm."""
 
     def forward(self, hidden_states, gate=None):
         hidden_states = wide(hidden_states)
         if gate is not None:
             hidden_states = hidden_states * F.silu(wide(gate))
-        return RMSNorm.forward(self, hidden_states)
+        if self.group_size == self.weight.numel():
+            return RMSNorm.forward(self, hidden_states)
+        groups = hidden_states.unflatten(-1, (-1, self.group_size))
+        normed = F.rms_norm(groups, (self.group_size,), eps=self.variance_epsilon).flatten(-2)
+        return (wide(self.weight) * normed).to(self.weight.dtype)
 
 
 class ThinLinear(nn.Linear):
@@ -230,9 +234,8 @@ class StateSpaceMixer:
 
     def add_ops(self):
         """The ops as children; they hold no parameters, so the state dict is transformers'."""
-        vars(self).pop(
-            "_kernel_funcs", None
-        )  # transformers' own ops, which `use_kernels=True` would fetch for nothing
+        # transformers' own ops, which `use_kernels=True` would fetch for nothing
+        vars(self).pop("_kernel_funcs", None)
         exchange_linear(self, ThinLinear, "in_proj", "x_proj", "out_proj")
         self.convolution, self.convolution_step = CausalConv1d(), CausalConv1dUpdate()
         self.recurrence, self.recurrence_step = self.recurrence_class(), SelectiveStateUpdate()

@@ -4,8 +4,8 @@ A mixer is [z, xBC, dt] = in_proj(u), (x, B, C) = silu(conv(xBC)), and per head,
 
     h_t = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T,   y_t = h_t C_t + D x_t,   delta = clamp(softplus(dt + dt_bias))
 
-followed by out_proj(rms(y * silu(z))). The state of a layer is h, `[batch, heads, head_dim, state]`, and the last
-inputs of the convolution.
+followed by out_proj(rms(y * silu(z))), the rms over each of the groups that share B and C. The state of a layer is h,
+`[batch, heads, head_dim, state]`, and the last inputs of the convolution.
 """
 
 from transformers.models.mamba2.modeling_mamba2 import (
@@ -34,6 +34,11 @@ class FastMamba2Mixer(StateSpaceMixer, Mamba2Mixer):
     """`Mamba2Mixer` over undersong's ops."""
 
     recurrence_class = SSD
+
+    def add_ops(self):
+        super().add_ops()
+        # every group has a norm of its own, as the authors have it; transformers 5.22 norms all of them together
+        self.norm.group_size = self.intermediate_size // self.n_groups
 
     def project(self, hidden_states):
         return self.in_proj(hidden_states).split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
