@@ -92,9 +92,8 @@ def run(op: Op, backend: str, *args):
 def explain() -> Explanation:
     """Which backend each op ran last, why, and how often each ran: `{op: Record}`, printable.
 
-    >>> from undersong.ops import explain
-    >>> print(*explain(), sep=", ")
-    causal_conv1d, ...
+    >>> {name: record.backend for name, record in explain().items()}
+    {...}
     """
     return Explanation((name, dataclasses.replace(r, counts=dict(r.counts))) for name, r in _RECORDS.items())
 
