@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from ._dispatch import Op, register, run
+from ._validate import check_offsets, describe
 
 TILE = 16  # torch path: one [TILE, TILE] weight matrix a tile and head; memory grows with length * TILE, not length^2
 
@@ -214,10 +215,10 @@ def _divide(w, u):
 
 def _validate(s, v, initial_state, mask, cu_seqlens):
     if s.dim() != 3 or not s.is_floating_point():
-        raise ValueError(f"s ({_shape(s)}) must be a float [batch, length, heads]; reshape or cast it.")
+        raise ValueError(f"s ({describe(s)}) must be a float [batch, length, heads]; reshape or cast it.")
     if v.dim() != 4 or v.shape[:3] != s.shape or not v.is_floating_point():
         raise ValueError(
-            f"v ({_shape(v)}) must be a float [batch, length, heads, dim] because s is {_shape(s)}; "
+            f"v ({describe(v)}) must be a float [batch, length, heads, dim] because s is {describe(s)}; "
             "reshape or cast it."
         )
     given = {"v": v, "mask": mask}
@@ -225,13 +226,13 @@ def _validate(s, v, initial_state, mask, cu_seqlens):
     if cu_seqlens is not None:
         if mask is not None:
             raise ValueError(
-                f"mask ({_shape(mask)}) must be None because cu_seqlens is given; leave padding out of packed rows."
+                f"mask ({describe(mask)}) must be None because cu_seqlens is given; leave padding out of packed rows."
             )
-        _validate_offsets(cu_seqlens, s)
+        check_offsets(cu_seqlens, s)
         rows, count = cu_seqlens.numel() - 1, "sequences"
     if mask is not None and (mask.dtype != torch.bool or mask.shape != s.shape[:2]):
         raise ValueError(
-            f"mask ({_shape(mask)}) must be a bool [batch, length] = {list(s.shape[:2])}; use attention_mask.bool()."
+            f"mask ({describe(mask)}) must be a bool [batch, length] = {list(s.shape[:2])}; use attention_mask.bool()."
         )
     if initial_state is not None:
         if not isinstance(initial_state, tuple | list) or len(initial_state) != 3:
@@ -243,48 +244,13 @@ def _validate(s, v, initial_state, mask, cu_seqlens):
         for name, x, want in zip("muw", initial_state, (shape, shape, (*shape, v.shape[3])), strict=True):
             if x.shape != want or not x.is_floating_point():
                 raise ValueError(
-                    f"initial_state's {name} ({_shape(x)}) must be a float [{count}, heads{', dim' * (name == 'w')}]"
+                    f"initial_state's {name} ({describe(x)}) must be a float [{count}, heads{', dim' * (name == 'w')}]"
                     f" = {list(want)}; pass what return_final_state=True returned."
                 )
             given[f"initial_state's {name}"] = x
     for name, x in given.items():
         if x is not None and x.device != s.device:
             raise ValueError(f"{name} ({x.device}) must be on the device of s ({s.device}); move it there.")
-
-
-def _validate_offsets(cu_seqlens, s):
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(
-            f"cu_seqlens ({_shape(cu_seqlens)}) must be a 1-D int32 tensor of sequences + 1 offsets; "
-            "use torch.tensor(offsets, dtype=torch.int32)."
-        )
-    if s.shape[0] != 1:
-        raise ValueError(
-            f"cu_seqlens ({cu_seqlens.numel()} offsets) must come with batch 1 but batch is {s.shape[0]}; "
-            "pack the rows into one, or drop cu_seqlens."
-        )
-    if cu_seqlens.device not in (s.device, torch.device("cpu")):
-        raise ValueError(f"cu_seqlens ({cu_seqlens.device}) must be on {s.device} or the CPU; move it there.")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # reading the values would wait for the device; the kernel keeps inside the row whatever they are
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != s.shape[1]:
-        raise ValueError(
-            f"cu_seqlens (from {offsets[0]} to {offsets[-1]}) must go from 0 to the length {s.shape[1]}; "
-            "give every token a sequence."
-        )
-    for n, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        if end < begin:
-            raise ValueError(
-                f"cu_seqlens (offset {n + 1} is {end}, after {begin}) must not decrease; "
-                "use the cumulative sum of lengths."
-            )
-
-
-def _shape(x):
-    return (
-        f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-    )
 
 
 def _kernel_refuses(s, v, initial_state=None, mask=None, cu_seqlens=None):
