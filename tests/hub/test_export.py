@@ -346,6 +346,7 @@ AAREN_CLOSURE = {
     "modeling_aaren.py",
     "ops_cumulative_softmax_average.py",
     "ops_dispatch.py",
+    "ops_validate.py",
     "sequences.py",
 }
 
