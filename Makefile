@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 export OMP_NUM_THREADS ?= 2
+# one process a core, each with one thread; whoever is done takes over tests from the others
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 .PHONY: demo test test-all lint format clean
 
@@ -10,10 +12,10 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/undersong demo
 
 test: $(VENV)/.test
-	$(RUN) -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.test
-	$(RUN) -m pytest -q
+	$(PYTEST)
 
 lint: $(VENV)/.test
 	$(RUN) -m ruff check .

@@ -12,7 +12,8 @@ if shutil.which("nvidia-smi") is None:
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# a process that shares the machine with others (pytest-xdist) takes one core
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(items):
