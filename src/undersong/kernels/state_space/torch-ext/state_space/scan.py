@@ -5,6 +5,7 @@ import math
 import torch
 import triton
 
+from .conv import needs_operator, records_gradients
 from .registry import OPERATORS, register
 from .scan_backward import backward
 from .scan_common import ALIGN, CHANNELS_LAST, PAD, STRIDED, TIME_LAST, gather
@@ -49,16 +50,15 @@ def selective_scan(
         )
     if A.shape[1] > MAX_STATE:
         raise ValueError(f"A's state ({A.shape[1]}) must be at most {MAX_STATE}; use the torch path for more.")
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    save = records_gradients(*tensors)
     B, C = (x if x.dim() == 4 else x.unsqueeze(2) for x in (B, C))
     A, D, delta_bias = (None if x is None else x.contiguous() for x in (A, D, delta_bias))
     if initial_state is not None:
         initial_state = initial_state.to(torch.float32).contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(u.device, torch.int32)
-    y, state, _ = OPERATORS.scan_forward(
-        u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, delta_softplus, save
-    )
+    run = OPERATORS.scan_forward if needs_operator(*tensors) else _forward
+    y, state, _ = run(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, delta_softplus, save)
     return y, state
 
 
