@@ -29,6 +29,7 @@ class Architecture:
         causal, recurrent, seq2seq, has_cache: traits the common tests choose by.
         stock_owned: the type, its configuration and some of its heads are transformers'. Auto classes keep giving
             transformers' class for those heads and ours for the rest; `register(override=...)` changes that.
+        example: Python line that makes `inputs` for the card's example, where they are not token ids.
         tiny: configuration arguments of the smallest model that exercises every part, for tests.
     """
 
@@ -49,6 +50,7 @@ class Architecture:
     stock_owned: bool = False
     has_cache: bool = True
     license: str = "apache-2.0"
+    example: str | None = None
     tiny: dict = field(default_factory=dict)
 
     def config_class(self):
@@ -64,8 +66,18 @@ class Architecture:
 _AAREN = "undersong.modeling.aaren.modeling_aaren"
 _MAMBA = "undersong.modeling.mamba.modeling_mamba"
 _MAMBA2 = "undersong.modeling.mamba2.modeling_mamba2"
+_POINTER = "undersong.modeling.pointer_network.modeling_pointer_network"
+_RMOE = "undersong.modeling.rmoe.modeling_rmoe"
+_SET2SET = "undersong.modeling.set2set.modeling_set2set"
 _S4D = "undersong.modeling.s4d.modeling_s4d"
 _S5 = "undersong.modeling.s5.modeling_s5"
+_RMOE_CITATION = """@inproceedings{qiu2025layerwise,
+  title     = {Layerwise Recurrent Router for Mixture-of-Experts},
+  author    = {Qiu, Zihan and Huang, Zeyu and Cheng, Shuang and Zhou, Yizhi and Wang, Zili and
+               Titov, Ivan and Fu, Jie},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2025}
+}"""
 _ROWS = [
     Architecture(
         model_type="aaren",
@@ -211,6 +223,117 @@ _ROWS = [
             "input_size": 3,
         },
     ),
+    Architecture(
+        model_type="pointer-network",
+        config="undersong.modeling.pointer_network.configuration_pointer_network:PointerNetworkConfig",
+        models={
+            "AutoModel": f"{_POINTER}:PointerNetworkModel",
+            "AutoModelForSeq2SeqLM": f"{_POINTER}:PointerNetworkForConditionalGeneration",
+        },
+        title="Pointer network",
+        summary="Answers with positions of its own input: hulls, tours, orders, selections, by stock generate().",
+        paper="Pointer Networks",
+        arxiv="1506.03134",
+        citation="""@inproceedings{vinyals2015pointer,
+  title     = {Pointer Networks},
+  author    = {Vinyals, Oriol and Fortunato, Meire and Jaitly, Navdeep},
+  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year      = {2015}
+}""",
+        lora_targets=("key_proj", "query_proj"),
+        modalities=("points", "text"),
+        causal=False,
+        seq2seq=True,
+        example='inputs = {"input_values": torch.rand(1, 10, model.config.input_size)}  # [batch, items, numbers]',
+        tiny={"input_size": 2, "hidden_size": 16, "num_hidden_layers": 2, "num_glimpses": 1},
+    ),
+    Architecture(
+        model_type="set2set",
+        config="undersong.modeling.set2set.configuration_set2set:Set2SetConfig",
+        models={
+            "AutoModel": f"{_SET2SET}:Set2SetModel",
+            "AutoModelForSequenceClassification": f"{_SET2SET}:Set2SetForSequenceClassification",
+        },
+        title="Set2Set",
+        summary="Encodes sets, of vectors or of token ids, whatever the order of their elements.",
+        paper="Order Matters: Sequence to sequence for sets",
+        arxiv="1511.06391",
+        citation="""@inproceedings{vinyals2016order,
+  title     = {Order Matters: Sequence to sequence for sets},
+  author    = {Vinyals, Oriol and Bengio, Samy and Kudlur, Manjunath},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2016}
+}""",
+        lora_targets=("dense",),
+        modalities=("points", "text"),
+        causal=False,
+        recurrent=False,
+        has_cache=False,
+        tiny={"vocab_size": 99, "hidden_size": 32, "read_hidden_sizes": [24], "num_process_steps": 3},
+    ),
+    Architecture(
+        model_type="rmoe",
+        config="undersong.modeling.rmoe.configuration_rmoe:RMoEConfig",
+        models={
+            "AutoModel": f"{_RMOE}:RMoEModel",
+            "AutoModelForCausalLM": f"{_RMOE}:RMoEForCausalLM",
+            "AutoModelForSequenceClassification": f"{_RMOE}:RMoEForSequenceClassification",
+            "AutoModelForTokenClassification": f"{_RMOE}:RMoEForTokenClassification",
+        },
+        title="RMoE",
+        summary="A mixture of experts whose router carries a state up the layers, through one cell all layers share.",
+        paper="Layerwise Recurrent Router for Mixture-of-Experts",
+        arxiv="2408.06793",
+        citation=_RMOE_CITATION,
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        recurrent=False,
+        tiny={
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "router_hidden_size": 16,
+            "max_position_embeddings": 128,
+        },
+    ),
+    *(
+        Architecture(
+            model_type=f"rmoe_{family}",
+            config=f"undersong.modeling.rmoe_{family}.configuration_rmoe_{family}:RMoE{name}Config",
+            models={
+                head: f"undersong.modeling.rmoe_{family}.modeling_rmoe_{family}:RMoE{name}{suffix}"
+                for head, suffix in (("AutoModel", "Model"), ("AutoModelForCausalLM", "ForCausalLM"))
+            },
+            title=f"{title} with a recurrent router",
+            summary=f"{title} after attach_recurrent_router: experts are chosen with a memory of layers below.",
+            paper="Layerwise Recurrent Router for Mixture-of-Experts",
+            arxiv="2408.06793",
+            citation=_RMOE_CITATION,
+            lora_targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+            recurrent=False,
+            tiny={
+                "vocab_size": 99,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "recurrent_router": {"router_hidden_size": 16},
+                "max_position_embeddings": 128,
+                **tiny,
+            },
+        )
+        for family, name, title, tiny in (
+            ("mixtral", "Mixtral", "Mixtral", {}),
+            ("olmoe", "Olmoe", "OLMoE", {"eos_token_id": 2}),
+            ("qwen3_moe", "Qwen3Moe", "Qwen3-MoE", {"moe_intermediate_size": 16, "head_dim": 8}),
+        )
+    ),
 ]
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
 
@@ -255,8 +378,30 @@ class _AfterImport(MetaPathFinder):
         return None
 
 
+def _register_configs_unless_it_is_early():
+    # The model tables bring the configuration tables half-way through their own import. Configurations that derive
+    # from transformers' own need them whole; when they are, `_register_configs` runs after them.
+    modeling = sys.modules.get("transformers.models.auto.modeling_auto")
+    if modeling is None or not modeling.__spec__._initializing:
+        _register_configs()
+
+
+_registering = False  # importing a configuration of ours may import the model tables, whose hook leads here again
+
+
 def _register_configs():
     """Runs when transformers' Auto tables load: our config classes join them, model classes follow lazily."""
+    global _registering
+    if _registering:
+        return
+    _registering = True
+    try:
+        _register_every_config()
+    finally:
+        _registering = False
+
+
+def _register_every_config():
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
     for row in ARCHITECTURES.values():
@@ -367,7 +512,8 @@ def _register_peft():
 
 
 _CALLBACKS = {
-    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.configuration_auto": _register_configs_unless_it_is_early,
+    "transformers.models.auto.modeling_auto": _register_configs,
     "peft.utils.constants": _register_peft,
 } | {
     row.config.partition(":")[0]: functools.partial(_register_models_with_first_config, row)

@@ -8,6 +8,7 @@ from undersong.registry import ARCHITECTURES, is_stock_head
 ROWS = list(ARCHITECTURES.values())
 RECURRENT = [row for row in ROWS if row.recurrent and row.causal and row.has_cache]
 HEADS = [(row, head) for row in ROWS for head in row.models]
+SEQ2SEQ_LM = [row for row in ROWS if "AutoModelForSeq2SeqLM" in row.models]
 CAUSAL_LM = [row for row in ROWS if "AutoModelForCausalLM" in row.models]
 
 
@@ -36,12 +37,21 @@ def build(row, head="AutoModel", dtype=torch.float32, seed=0, **overrides):
     """A small random model with weights large enough that every part of it matters to the output."""
     config = make_config(row, **overrides)
     torch.manual_seed(seed)
-    return row.model_class(head)(config).to(dtype).eval()
+    model = row.model_class(head)(config).to(dtype).eval()
+    if dtype == torch.float64 and getattr(config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("eager")  # the default of transformers knows no float64
+    return model
 
 
 def make_inputs(model, batch, length, seed=0):
-    """Main input of a model as keyword arguments: token ids (never the pad id) or a series."""
+    """Main input of a model as keyword arguments: token ids (never the pad id), a series, or items to point at."""
     generator = torch.Generator().manual_seed(seed)
+    if model.main_input_name == "input_values":
+        items = torch.randn((batch, length, model.config.input_size), generator=generator).to(model.dtype)
+        if not model.config.is_encoder_decoder:
+            return {"input_values": items}
+        ids = torch.randint(1, length + 1, (batch, length), generator=generator)
+        return {"input_values": items, "decoder_input_ids": torch.cat([torch.zeros_like(ids[:, :1]), ids], 1)}
     if model.main_input_name == "past_values":
         shape = (batch, length, model.config.input_size)
         return {"past_values": torch.randn(shape, generator=generator).to(model.dtype)}

@@ -248,14 +248,15 @@ def test_streamer(row):
 
 def greedy_loop(model, input_ids, logits_processor, stopping_criteria, generation_config, shift=0, **model_kwargs):
     """A decoding loop of a user: greedy, `shift` ranks below the best token."""
-    while not stopping_criteria(input_ids, None).all():
+    while True:  # the start of an encoder-decoder may be the token that ends
         outputs = model(**model.prepare_inputs_for_generation(input_ids, **model_kwargs))
         scores = logits_processor(input_ids, outputs.logits[:, -1])
         token = scores.topk(shift + 1).indices[:, -1:]
         input_ids = torch.cat([input_ids, token], 1)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         model_kwargs["next_sequence_length"] = 1
-    return input_ids
+        if stopping_criteria(input_ids, None).all():
+            return input_ids
 
 
 @every_row

@@ -24,7 +24,15 @@ EXCLUDED = {
     ("past_values", "test_resize_tokens_embeddings"): "a series has no token embeddings to resize",
     ("past_values", "test_load_with_mismatched_shapes"): "loads through AutoModelForSequenceClassification, which is"
     " the text head of the same type; test_can_load_ignoring_mismatched_shapes covers the behaviour",
+    ("input_values", "test_model_get_set_embeddings"): "items that are vectors have no token embeddings to get or set",
+    ("input_values", "test_resize_tokens_embeddings"): "items that are vectors have no token embeddings to resize",
+    ("input_values", "test_inputs_embeds"): "takes input_ids for granted",
+    ("input_values", "test_inputs_embeds_matches_input_ids"): "takes input_ids for granted",
+    ("pointer-network", "test_encoder_decoder_loss_no_double_shift"): "draws labels from config.vocab_size, but the"
+    " vocabulary is the items of a batch; tests/modeling/test_pointer_network.py has the loss by its definition",
 }
+# Hidden states a stack gives, where they are not those of every layer and what goes in.
+HIDDEN_STATES = {"pointer-network": 1}  # all layers of an LSTM are one call
 
 # Heads no Auto class knows: the suite gives them labels and expectations of this one.
 LIKE_AUTO = {"TimeSeriesClassification": "AutoModelForSequenceClassification"}
@@ -38,6 +46,15 @@ def _past_values(config):
     return {"past_values": torch.rand(BATCH, LENGTH, config.input_size), "attention_mask": _mask()}
 
 
+def _input_values(config):
+    inputs = {"input_values": torch.rand(BATCH, LENGTH, config.input_size), "attention_mask": _mask()}
+    if config.is_encoder_decoder:
+        ids = torch.randint(1, LENGTH + 1, (BATCH, LENGTH))
+        ids[:, 0] = config.decoder_start_token_id
+        inputs["decoder_input_ids"] = ids
+    return inputs
+
+
 def _mask():
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[-1, :2] = 0  # one row with left padding
@@ -46,7 +63,7 @@ def _mask():
 
 BATCH, LENGTH = 3, 7
 COMMON = ("hidden_size", "num_hidden_layers", "num_attention_heads")  # a Mamba has no attention heads
-INPUTS = {"input_ids": _input_ids, "past_values": _past_values}
+INPUTS = {"input_ids": _input_ids, "input_values": _input_values, "past_values": _past_values}
 
 
 class CommonTester:
@@ -60,6 +77,7 @@ class CommonTester:
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
             if hasattr(config, name):
                 setattr(self, name, getattr(config, name))
+        self.expected_num_hidden_layers = HIDDEN_STATES.get(row.model_type, config.num_hidden_layers + 1)
 
     def get_config(self):
         return self.row.config_class()(**{"pad_token_id": 0, **self.row.tiny})
@@ -115,8 +133,11 @@ def make_test_class(row, main_input, heads):
     for (scope, test), reason in EXCLUDED.items():
         if scope in (row.model_type, main_input):
             body[test] = unittest.skip(reason)(getattr(ModelTesterMixin, test))
-    name = f"{row.model_type.title().replace('_', '')}{main_input.title().replace('_', '')}Test"
+    name = f"{row.model_type.title().translate(_NO_MARKS)}{main_input.title().replace('_', '')}Test"
     return type(name, bases, body)
+
+
+_NO_MARKS = str.maketrans("", "", "_-")
 
 
 def grouped_heads(row):

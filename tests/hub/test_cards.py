@@ -18,6 +18,7 @@ from undersong import registry
 from undersong.hub import export, model_card
 
 AAREN = registry.ARCHITECTURES["aaren"]
+POINTER = registry.ARCHITECTURES["pointer-network"]
 RESULTS = {
     "hardware": {"device": "Some CPU", "cpu_count": 2, "gpu": None},
     "command": "python benchmarks/digits.py",
@@ -108,12 +109,14 @@ def test_both_examples_of_a_card_run(tmp_path):
     )
     tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
     torch.manual_seed(0)
-    config = AAREN.config_class()(**AAREN.tiny, num_labels=10)
     blocks = []
-    for head in AAREN.models:
+    for row, head in [*((AAREN, head) for head in AAREN.models), *((POINTER, head) for head in POINTER.models)]:
+        config = row.config_class()(**row.tiny, num_labels=10)
         with_tokenizer = tokenizer if head == "AutoModelForCausalLM" else None
         folder = export(
-            AAREN.model_class(head)(config).eval(), tmp_path / f"aaren-{head.lower()}", tokenizer=with_tokenizer
+            row.model_class(head)(config).eval(),
+            tmp_path / f"{row.model_type}-{head.lower()}",
+            tokenizer=with_tokenizer,
         )
         found = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
         assert len(found) == 2
@@ -128,6 +131,7 @@ def test_both_examples_of_a_card_run(tmp_path):
         outputs.append(run.stdout)
     assert outputs[0] == outputs[1]
     assert "torch.Size([1, 4, 32])" in outputs[0]
+    assert "torch.Size([1, 1, 16])\ntensor([[0, " in outputs[0], "a pointer network's first state, then its answer"
 
 
 def test_the_card_of_a_type_that_transformers_owns_says_which_class_comes_without_remote_code():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 _TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -27,6 +27,7 @@ _HEADS = {
     "AutoModelForCausalLM": _Head(
         "text-generation", _IDS, "print(model.generate(**inputs, max_new_tokens=8, do_sample=False))"
     ),
+    "AutoModelForSeq2SeqLM": _Head(None, _IDS, "print(model.generate(**inputs, do_sample=False))"),
     "AutoModelForSequenceClassification": _Head(
         "text-classification", _IDS, "print(model(**inputs).logits.softmax(-1))"
     ),
@@ -95,6 +96,8 @@ def model_card(
         class_path = row.models[head] if row is not None else f"{cls.__module__}:{cls.__name__}"
         model_type = model_or_row.config.model_type
     kind = _HEADS.get(head, _Head(None, _IDS, "print(model(**inputs))"))
+    if row is not None and row.example is not None:
+        kind = replace(kind, inputs=row.example)
     model_id = repo_id or model_type
     numbers = _read_results(results)
     data = ModelCardData(
