@@ -48,13 +48,14 @@ class Collector(BaseStreamer):
 torch.set_num_threads(1)
 for job in task:
     trust = job.get("trust", False)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], trust_remote_code=trust).eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    auto = AutoModelForSeq2SeqLM if job.get("seq2seq") else AutoModelForCausalLM
+    model = auto.from_pretrained(job["model"], trust_remote_code=trust).eval()
     options = dict(job["options"])
     if "repo" in job:
         options |= {"custom_generate": job["repo"], "trust_remote_code": True}
     if job.get("tokenizer"):
-        options["tokenizer"] = tokenizer
+        options["tokenizer"] = AutoTokenizer.from_pretrained(job["model"])
+    options |= {name: torch.tensor(value) for name, value in job.get("inputs", {}).items()}
     inputs = []
     if "ids" in job:
         ids = torch.tensor(job["ids"])
@@ -78,7 +79,8 @@ assert "undersong" not in sys.modules
 
 
 def generate_elsewhere(jobs, scratch, *, env=None):
-    """jobs: a list of {"model", "repo", "ids", "options", "tokenizer", "stream", "trust", "by_position"}.
+    """jobs: a list of {"model", "repo", "ids", "options", "tokenizer", "stream", "trust", "by_position", "seq2seq",
+    "inputs"}; "inputs" are nested lists by name, for what is no ids.
 
     Returns a result per job: {"ids"} or {"error"}, and with "stream" also "prompt", "tokens" and "ended". `env`
     replaces the environment, which is offline by default (`LocalHub.env()`).

@@ -1,0 +1,1 @@
+"""How good predicted triangulations are: `measures` holds the functions, `triangulation` the `evaluate` module."""
