@@ -282,3 +282,14 @@ def test_errors():
     odd.model.layers[0].mlp.gate.forward = lambda x: (x[:, :4], x[:, :2], torch.zeros(len(x), 2).long())
     with pytest.raises(ValueError, match="MixtralTopKRouter does not choose by softmax and top-k"):
         attach_recurrent_router(odd)
+
+
+@every_family
+def test_a_model_built_from_its_configuration_starts_as_the_base_does(family):
+    config = attach_recurrent_router(build(family), 6).config
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    assert type(model).__name__ == f"RMoE{family}ForCausalLM"
+    assert type(model.model).__name__ == f"RMoE{family}Model"
+    assert all(not layer.mlp.gate.rmoe_score.weight.any() for layer in model.model.layers)
+    assert all(layer.mlp.gate.rmoe_input_proj.weight.std() > 0.1 for layer in model.model.layers)

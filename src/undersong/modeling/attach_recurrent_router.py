@@ -219,22 +219,23 @@ def _base(model):
 
 
 def _change_type(model, *, to):
-    """Between a family's class and ours for it, together with the configuration, in place."""
+    """Between a family's classes and ours for them, head and trunk, together with the configuration, in place."""
     for row in map(registry.ARCHITECTURES.get, TYPES):
-        for head in row.models:
-            ours = row.model_class(head)
-            stock = ours.__mro__[2]
-            if type(model) is (stock if to else ours):
-                model.__class__ = ours if to else stock
-                model.config.__class__ = row.config_class() if to else row.config_class().__mro__[1]
-                vars(model.config).pop("model_type", None)  # a loaded one repeats what its class says
-                if to:
-                    model.config.recurrent_router = model.rmoe_config.to_dict()
-                else:
-                    del model.config.recurrent_router
-                # how the weights were read is keyed by the stock type; what we save keeps the names in memory
-                vars(model).pop("_weight_conversions", None)
-                return
+        ours = [row.model_class(head) for head in row.models]
+        exchange = {cls.__mro__[2]: cls for cls in ours} if to else {cls: cls.__mro__[2] for cls in ours}
+        if type(model) not in exchange:
+            continue
+        for module in model.modules():
+            module.__class__ = exchange.get(type(module), type(module))
+        config = model.config
+        config.__class__ = row.config_class() if to else row.config_class().__mro__[1]
+        vars(config).pop("model_type", None)  # a loaded one repeats what its class says
+        if to:
+            config.recurrent_router = model.rmoe_config.to_dict()
+        else:
+            del config.recurrent_router
+        # how the weights were read is keyed by the stock type; what we save keeps the names in memory
+        vars(model).pop("_weight_conversions", None)
 
 
 def _find(folder_or_repo, name, revision, token):

@@ -37,6 +37,12 @@ class RoutingState:
         return None if index == 0 else self.states[index - 1].to(device)
 
 
+class RouterScore(nn.Linear):
+    """W2. Zero in mode "residual", so that it changes nothing at first."""
+
+    starts_at_zero = True
+
+
 class RecurrentRouterGate:
     """In front of a family's router class: `W x + W2 h` in the place of `W x`."""
 
@@ -85,17 +91,19 @@ class RecurrentRouterLayer:
 class RecurrentRouterModel:
     """In front of a family's model class: one whose configuration says how its routers remember."""
 
+    trunk_class = None  # ours for the trunk of a head
     _keep_in_fp32_modules_strict = [*MODULES]
 
     @classmethod
     def _can_set_experts_implementation(cls):
         return True  # transformers looks for its decorator in the file of the class, which is the family's
 
-    def __init__(self, config):
-        super().__init__(config)
-        # of the trunk and of a head around it, whoever comes first
-        if trunk_of(self) is not None and not hasattr(trunk_of(self), "rmoe_cell"):
-            add_recurrent_router(self, RecurrentRouterConfig(**config.recurrent_router))
+    def post_init(self):
+        trunk = trunk_of(self)
+        if not hasattr(trunk, "rmoe_cell"):  # before the initialisation, which then finds what is added
+            trunk.__class__ = self.trunk_class or type(self)
+            add_recurrent_router(self, RecurrentRouterConfig(**self.config.recurrent_router), check=False)
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -103,8 +111,8 @@ class RecurrentRouterModel:
         if isinstance(module, nn.RNNCellBase):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
-        elif getattr(module, "rmoe_score", None) is not None and module.rmoe_mode == "residual":
-            init.zeros_(module.rmoe_score.weight)
+        elif isinstance(module, RouterScore) and module.starts_at_zero:
+            init.zeros_(module.weight)
 
 
 def trunk_of(model):
@@ -124,8 +132,8 @@ def sparse_layers(trunk):
     ]
 
 
-def add_recurrent_router(model, config):
-    """Adds the modules of a recurrent router to a model, in place.
+def add_recurrent_router(model, config, check=True):
+    """Adds the modules of a recurrent router to a model, in place; `check` tries its routers first.
 
     Raises:
         ValueError: no layer has a router and experts; there is one already; a router works in another way.
@@ -139,7 +147,7 @@ def add_recurrent_router(model, config):
         )
     if hasattr(trunk, "rmoe_cell"):
         raise ValueError(f"model ({type(model).__name__}) has a recurrent router; detach_recurrent_router it first.")
-    for layer in layers:
+    for layer in layers if check else ():
         _check_router(layer.mlp.gate)
     size = config.router_hidden_size
     weight = layers[0].mlp.gate.weight
@@ -150,12 +158,10 @@ def add_recurrent_router(model, config):
         gate = layer.mlp.gate
         factory["device"] = gate.weight.device
         gate.rmoe_input_proj = nn.Linear(gate.hidden_dim, size, bias=False, **factory)
-        gate.rmoe_score = nn.Linear(size, gate.num_experts, bias=False, **factory)
+        gate.rmoe_score = RouterScore(size, gate.num_experts, bias=False, **factory)
+        gate.rmoe_score.starts_at_zero = config.mode == "residual"
         nn.init.normal_(gate.rmoe_input_proj.weight, std=std)
-        if config.mode == "residual":
-            nn.init.zeros_(gate.rmoe_score.weight)
-        else:
-            nn.init.normal_(gate.rmoe_score.weight, std=std)
+        nn.init.normal_(gate.rmoe_score.weight, std=0.0 if gate.rmoe_score.starts_at_zero else std)
         gate.rmoe_index, gate.rmoe_mode = index, config.mode
         _put_in_front(gate, RecurrentRouterGate)
         _put_in_front(layer, RecurrentRouterLayer)

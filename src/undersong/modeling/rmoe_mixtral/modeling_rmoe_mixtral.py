@@ -21,6 +21,7 @@ class RMoEMixtralForCausalLM(RecurrentRouterModel, MixtralForCausalLM):
 
     config_class = RMoEMixtralConfig
     config: RMoEMixtralConfig
+    trunk_class = RMoEMixtralModel
 
 
 __all__ = ["RMoEMixtralForCausalLM", "RMoEMixtralModel"]

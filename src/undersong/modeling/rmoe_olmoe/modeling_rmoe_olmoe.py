@@ -21,6 +21,7 @@ class RMoEOlmoeForCausalLM(RecurrentRouterModel, OlmoeForCausalLM):
 
     config_class = RMoEOlmoeConfig
     config: RMoEOlmoeConfig
+    trunk_class = RMoEOlmoeModel
 
 
 __all__ = ["RMoEOlmoeForCausalLM", "RMoEOlmoeModel"]

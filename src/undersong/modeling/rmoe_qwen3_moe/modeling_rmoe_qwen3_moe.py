@@ -21,6 +21,7 @@ class RMoEQwen3MoeForCausalLM(RecurrentRouterModel, Qwen3MoeForCausalLM):
 
     config_class = RMoEQwen3MoeConfig
     config: RMoEQwen3MoeConfig
+    trunk_class = RMoEQwen3MoeModel
 
 
 __all__ = ["RMoEQwen3MoeForCausalLM", "RMoEQwen3MoeModel"]
