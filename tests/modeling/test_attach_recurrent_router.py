@@ -77,6 +77,7 @@ def test_attached_is_bit_identical_until_trained(family, dtype):
     assert type(model).__name__ == f"RMoE{family}ForCausalLM"
     assert isinstance(model, type(base))
     got, want = run(model), run(base)
+    assert len(got.router_logits) == 3
     for name in ("logits", "loss", "aux_loss"):
         assert torch.equal(got[name], want[name]), name
     for a, b in zip(got.router_logits, want.router_logits, strict=True):
@@ -293,3 +294,4 @@ def test_a_model_built_from_its_configuration_starts_as_the_base_does(family):
     assert type(model.model).__name__ == f"RMoE{family}Model"
     assert all(not layer.mlp.gate.rmoe_score.weight.any() for layer in model.model.layers)
     assert all(layer.mlp.gate.rmoe_input_proj.weight.std() > 0.1 for layer in model.model.layers)
+    assert len(run(model).router_logits) == 3

@@ -9,6 +9,7 @@ from .. import registry
 from .recurrent_router import (
     MODULES,
     add_recurrent_router,
+    change_class,
     remove_recurrent_router,
     sparse_layers,
     trunk_of,
@@ -226,7 +227,9 @@ def _change_type(model, *, to):
         if type(model) not in exchange:
             continue
         for module in model.modules():
-            module.__class__ = exchange.get(type(module), type(module))
+            if type(module) in exchange:
+                change_class(module, exchange[type(module)])
+        registry.register_models(row)  # otherwise left to the first configuration that is built
         config = model.config
         config.__class__ = row.config_class() if to else row.config_class().__mro__[1]
         vars(config).pop("model_type", None)  # a loaded one repeats what its class says

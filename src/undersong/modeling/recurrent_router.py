@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..ops.recurrent_router import recurrent_router
 from .checkpointing import refuse_reentrant
@@ -101,7 +102,7 @@ class RecurrentRouterModel:
     def post_init(self):
         trunk = trunk_of(self)
         if not hasattr(trunk, "rmoe_cell"):  # before the initialisation, which then finds what is added
-            trunk.__class__ = self.trunk_class or type(self)
+            change_class(trunk, self.trunk_class or type(self))
             add_recurrent_router(self, RecurrentRouterConfig(**self.config.recurrent_router), check=False)
         super().post_init()
 
@@ -113,6 +114,12 @@ class RecurrentRouterModel:
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
         elif isinstance(module, RouterScore) and module.starts_at_zero:
             init.zeros_(module.weight)
+
+
+def change_class(model, cls):
+    """Makes a model an instance of `cls`, which transformers then asks for what it can return, router logits say."""
+    model.__class__ = cls
+    _CAN_RECORD_REGISTRY[str(cls)] = cls._can_record_outputs  # filled for the class that a model is built as
 
 
 def trunk_of(model):
