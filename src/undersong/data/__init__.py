@@ -1,13 +1,15 @@
 """Data and models for examples, tests and benchmarks. Importing it is cheap: torch and the rest load when called.
 
 Human prose is in `undersong.data.human_text`; token-level tasks, which need torch, in `undersong.data.key_value`
-and `undersong.data.induction`, a series with a long delay in `undersong.data.long_delay`.
+and `undersong.data.induction`, a series with a long delay in `undersong.data.long_delay`, hidden keys in
+`undersong.data.passkey`; hulls, triangulations and tours in `undersong.data.geometry`, sets to sort in
+`undersong.data.sorting`, sentences to order in `undersong.data.sentence_order`.
 """
 
 from .code_repeteval import load_code_repeteval, make_synthetic
 from .digits import SeriesDataset, digits
 from .recall import cut_context, load_recall, recall_answers, recall_prompt, report_records
-from .wheels import cache_dir, gemma3_270m, smollm2
+from .wheels import cache_dir, gemma3_270m, minilm, smollm2
 
 __all__ = [
     "SeriesDataset",
@@ -18,6 +20,7 @@ __all__ = [
     "load_code_repeteval",
     "load_recall",
     "make_synthetic",
+    "minilm",
     "recall_answers",
     "recall_prompt",
     "report_records",

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-__all__ = ["fingerprint", "human_text", "split"]
+__all__ = ["fingerprint", "human_documents", "human_text", "split"]
 
 _FOOTNOTE = re.compile(r"\s*\[\d+\]")
 _EMPHASIS = re.compile(r"\*{1,2}(\w[^*]*)\*{1,2}")
@@ -34,7 +34,17 @@ def human_text() -> list[str]:
     >>> print(next(p for p in text if p.startswith("Exceptions are a means")))
     Exceptions are a means of breaking out of the normal flow of control of a code block in order to handle errors ...
     """
-    return list(_paragraphs())
+    return [paragraph for document in _documents() for paragraph in document]
+
+
+def human_documents() -> list[list[str]]:
+    """The same paragraphs by document: a help topic, or the docstring of one module, class or function.
+
+    >>> documents = human_documents()
+    >>> sum(documents, []) == human_text()
+    True
+    """
+    return [list(document) for document in _documents()]
 
 
 def split(paragraphs: Sequence[str], held_out: int = 5) -> tuple[list[str], list[str]]:
@@ -72,14 +82,18 @@ def fingerprint(paragraphs: Sequence[str]) -> str:
 
 
 @cache
-def _paragraphs() -> tuple[str, ...]:
-    found = {}  # texts quote each other; a dict keeps the first occurrence and the order
+def _documents() -> tuple[tuple[str, ...], ...]:
+    documents, seen = [], set()  # texts quote each other: the first occurrence stays
     for text in _texts():
+        document = []
         for block in re.split(r"\n\s*\n", text):
             paragraph = " ".join(_EMPHASIS.sub(r"\1", _FOOTNOTE.sub("", block)).split()).removeprefix("Note: ")
-            if _is_prose(paragraph):
-                found[paragraph] = None
-    return tuple(found)
+            if paragraph not in seen and _is_prose(paragraph):
+                seen.add(paragraph)
+                document.append(paragraph)
+        if document:
+            documents.append(tuple(document))
+    return tuple(documents)
 
 
 def _texts() -> Iterator[str]:

