@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from ..ops.recurrent_router import recurrent_router
 from .checkpointing import refuse_reentrant
 from .recurrent_router_config import RecurrentRouterConfig
+from .recurrent_router_layer import RecurrentRouter
 
 CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell}
 MODULES = ("rmoe_cell", "rmoe_input_proj", "rmoe_score")  # what is added: to the trunk, and to every router
@@ -59,14 +59,14 @@ class RecurrentRouterGate:
             u = self.rmoe_input_proj(hidden_states.to(self.rmoe_input_proj.weight.dtype))
         base = F.linear(hidden_states, self.weight) if self.rmoe_mode == "residual" else None
         state = self.rmoe_state
-        h, logits, weights, experts = recurrent_router(
+        h, logits, weights, experts = self.rmoe_route(
             u,
             state.below(self.rmoe_index, u.device),
             tuple(parameter.to(u.device) for parameter in state.cell),
             self.rmoe_score.weight,
-            top_k=self.top_k,
-            base=base,
-            norm_topk_prob=getattr(self, "norm_topk_prob", True),
+            self.top_k,
+            base,
+            getattr(self, "norm_topk_prob", True),
         )
         state.states.setdefault(self.rmoe_index, h)
         # Families that may skip the normalisation give weights in the dtype of the logits, the others in float32.
@@ -169,6 +169,7 @@ def add_recurrent_router(model, config, check=True):
         gate.rmoe_score.starts_at_zero = config.mode == "residual"
         nn.init.normal_(gate.rmoe_input_proj.weight, std=std)
         nn.init.normal_(gate.rmoe_score.weight, std=0.0 if gate.rmoe_score.starts_at_zero else std)
+        gate.rmoe_route = RecurrentRouter()
         gate.rmoe_index, gate.rmoe_mode = index, config.mode
         _put_in_front(gate, RecurrentRouterGate)
         _put_in_front(layer, RecurrentRouterLayer)
@@ -182,7 +183,7 @@ def remove_recurrent_router(model):
     del trunk.rmoe_hook, trunk.rmoe_cell
     for layer in sparse_layers(trunk):
         gate = layer.mlp.gate
-        for name in ("rmoe_input_proj", "rmoe_score", "rmoe_index", "rmoe_mode", "rmoe_state"):
+        for name in ("rmoe_input_proj", "rmoe_score", "rmoe_route", "rmoe_index", "rmoe_mode", "rmoe_state"):
             if name in vars(gate) or name in gate._modules:
                 delattr(gate, name)
         for module in (gate, layer):

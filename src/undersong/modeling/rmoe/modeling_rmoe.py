@@ -38,8 +38,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ...ops.recurrent_router import recurrent_router
 from ..checkpointing import refuse_reentrant
+from ..recurrent_router_layer import RecurrentRouter
 from .configuration_rmoe import RMoEConfig
 
 CELLS = {"gru": nn.GRUCell, "rnn": nn.RNNCell}
@@ -81,14 +81,15 @@ class RMoERecurrentRouter(RMoERouter):
         self.detach = config.detach_router_state
         self.input_proj = nn.Linear(config.hidden_size, config.router_hidden_size, bias=False)
         self.score = nn.Linear(config.router_hidden_size, config.num_local_experts, bias=False)
+        self.route = RecurrentRouter()
 
     def forward(self, hidden_states, state, cell):
         with torch.autocast(hidden_states.device.type, enabled=False):
             u = self.input_proj(hidden_states.to(self.input_proj.weight.dtype))
         if self.detach and state is not None:
             state = state.detach()
-        state, logits, weights, experts = recurrent_router(
-            u, state, cell, self.score.weight, top_k=self.top_k, norm_topk_prob=self.norm_topk_prob
+        state, logits, weights, experts = self.route(
+            u, state, cell, self.score.weight, self.top_k, None, self.norm_topk_prob
         )
         return logits, weights.to(hidden_states.dtype), experts, state
 
