@@ -37,7 +37,12 @@ import torch  # noqa: E402
 import undersong  # noqa: E402
 
 MIN_ROUNDS = 20
-_PLACES = ("--out", "--output", "--texts")  # where files go does not change a figure, and is nobody else's business
+_PLACES = (
+    "--out",
+    "--output",
+    "--texts",
+    "--write-checkpoints",
+)  # where files go does not change a figure, and is nobody else's business
 PACKAGES = ("torch", "triton", "transformers", "kernels")
 
 

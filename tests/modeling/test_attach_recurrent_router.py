@@ -188,6 +188,8 @@ def test_a_router_from_a_hub(tmp_path):
         import torch, transformers, undersong
         model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
         undersong.load_recurrent_router(model, "team/router", revision="main")
+        logits = model(torch.tensor([[3, 4]]), output_router_logits=True).router_logits
+        assert len(logits) == 3, "classes that were never built as such must be known too"
         print(sum(p.double().sum().item() for name, p in model.named_parameters() if "rmoe" in name))
     """
     with LocalHub() as hub:
