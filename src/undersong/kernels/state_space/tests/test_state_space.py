@@ -49,3 +49,25 @@ def test_mamba2_scan_and_its_steps_agree():
         out, stepped = state_space.selective_state_update(stepped, *step, inplace=True)
         torch.testing.assert_close(out, y[:, t], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(stepped, state, rtol=1e-3, atol=1e-3)
+
+
+def test_controlled_mamba2_scans_and_their_steps_agree():
+    x, dt = normal(2, 40, 4, 16), normal(2, 40, 4)
+    A, B, C, D = -normal(4).exp() / 50, normal(2, 40, 2, 32), normal(2, 40, 2, 32), normal(4)
+    for function, control in (
+        (state_space.ssd_threshold, torch.full((4,), 20.0, device=DEVICE)),
+        (state_space.ssd_window, 1),
+    ):
+        options = None, D, True, (0.0, float("inf")), 16, control
+        y, state = function(x, dt, A, B, C, D, *options)
+        out, stepped = function(*(t[:, :1] for t in (x, dt)), A, *(t[:, :1] for t in (B, C)), D, *options)
+        for t in range(40):
+            if t:
+                now = slice(t, t + 1)
+                position = torch.full((2,), t, device=DEVICE)
+                out, stepped = function(
+                    x[:, now], dt[:, now], A, B[:, now], C[:, now], D, *options, stepped, position, inplace=True
+                )
+            torch.testing.assert_close(out[:, 0], y[:, t], rtol=1e-3, atol=1e-3)
+        for got, want in zip(stepped, state):  # noqa: B905 - python 3.9
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
