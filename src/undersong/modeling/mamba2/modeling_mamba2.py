@@ -49,28 +49,38 @@ class FastMamba2Mixer(StateSpaceMixer, Mamba2Mixer):
         per_head, per_group = (self.num_heads, self.head_dim), (self.n_groups, self.ssm_state_size)
         return x.unflatten(-1, per_head), B.unflatten(-1, per_group), C.unflatten(-1, per_group)
 
+    def recurrence_inputs(self, xBC, dt):
+        """What either op takes, up to the state; no result depends on config.chunk_size, which tunes other kernels."""
+        x, B, C = self.heads_and_groups(xBC)
+        return x, dt, self.decay, B, C, self.D, None, self.dt_bias, True, self.time_step_limit
+
+    def recur(self, inputs, layer, mask, cu_seqlens):
+        """(y, the recurrence's states by name) over a sequence; without a cache layer there is no state to keep."""
+        if layer is None:
+            return self.recurrence(*inputs, mask=mask, cu_seqlens=cu_seqlens), {}
+        y, h = self.recurrence(*inputs, initial_state=layer.read("ssm"), mask=mask, return_final_state=True)
+        return y, {"ssm": h}
+
+    def recur_step(self, inputs, layer, mask):
+        """`recur` over one token, whose inputs have no axis of time."""
+        h = layer.read("ssm")
+        y, h = self.recurrence_step(h, *inputs, mask=mask, inplace=may_write(h))
+        return y, {"ssm": h}
+
     def scan(self, hidden_states, layer, mask, cu_seqlens):
         z, xBC, dt = self.project(hidden_states)
         xBC, window = self.convolve(xBC, layer, mask, cu_seqlens)
-        x, B, C = self.heads_and_groups(xBC)
-        # config.chunk_size tunes other kernels; no result depends on it
-        inputs = x, dt, self.decay, B, C, self.D, None, self.dt_bias, True, self.time_step_limit
-        if layer is None:
-            y = self.recurrence(*inputs, mask=mask, cu_seqlens=cu_seqlens)
-        else:
-            y, h = self.recurrence(*inputs, initial_state=layer.read("ssm"), mask=mask, return_final_state=True)
-            layer.write(conv=window, ssm=h)
+        y, states = self.recur(self.recurrence_inputs(xBC, dt), layer, mask, cu_seqlens)
+        if layer is not None:
+            layer.write(conv=window, **states)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def step(self, hidden_states, layer, mask):
         z, xBC, dt = self.project(hidden_states.squeeze(1))
         mask = None if mask is None else mask.squeeze(1)
         xBC, window = self.convolve(xBC, layer, mask, step=True)
-        x, B, C = self.heads_and_groups(xBC)
-        h = layer.read("ssm")
-        inputs = x, dt, self.decay, B, C, self.D, None, self.dt_bias, True, self.time_step_limit
-        y, h = self.recurrence_step(h, *inputs, mask=mask, inplace=may_write(h))
-        layer.write(conv=window, ssm=h)
+        y, states = self.recur_step(self.recurrence_inputs(xBC, dt), layer, mask)
+        layer.write(conv=window, **states)
         return self.out_proj(self.norm(y.flatten(-2), z)).unsqueeze(1)
 
 
