@@ -1,0 +1,1 @@
+"""Passkey retrieval: `measures` holds the functions, `passkey` the `evaluate` module around them."""
