@@ -15,6 +15,13 @@ __all__, __getattr__ = lazy_names(
         "mbr": ("MBR", "mbr_select"),
         "multiple_choice": ("mcq", "score_options"),
         "pipelines": ("DecodingPipeline", "ReadTwicePipeline"),
+        "pointer_generate": ("generate_pointers",),
+        "pointer_processors": (
+            "HullLogitsProcessor",
+            "PermutationLogitsProcessor",
+            "TriangleLogitsProcessor",
+            "decoding_steps",
+        ),
         "read_twice": ("JustReadTwice",),
         "repeat_tokens": ("ReadTwice", "repeat_input_ids"),
         "repetition_cap": ("SelfReinforcementCapLogitsProcessor",),

@@ -18,6 +18,11 @@ __all__, __getattr__ = lazy_names(
             "load_state_tuning",
             "save_state_tuning",
         ),
+        "order_search": ("OrderSearchLoss", "OrderSearchTrainer", "OrderSearchTrainerMixin"),
+        "router_stats": ("RouterStatsCallback", "plot_router_stats"),
+        "segment_orders": ("RandomSegments", "SortedSegments"),
+        "state_passing": ("StatePassingTrainer", "StatePassingTrainerMixin"),
+        "streaming_documents": ("DocumentStreamSampler", "DocumentWindows", "StreamingDocumentCollator"),
         "state_spaces": ("StateSpaceTrainer", "StateSpaceTrainerMixin", "state_space_groups"),
     },
 )
