@@ -82,9 +82,11 @@ def acceptance(setting, found):
         figures[f"{name}: share of the gap restored {target}"] = one["restored"]
     figures["state passing: beyond / within < 1.1"] = remedies["state passing"]["ratio"]
     for kind, sizes in found["passkey"].items():
-        reached = [one["t_recall"] for one in sizes.values()]
+        small, large = (sizes[N] for N in (min(sizes), max(sizes)))
         name = f"passkey, {kind}: T_recall of the largest over the smallest state >= 4"
-        figures[name] = reached[-1] / max(reached[0], 1)
+        figures[name] = large["t_recall"] / (
+            small["t_recall"] or small["lengths"][0]
+        )  # at least, if it recalls nothing
     return figures
 
 

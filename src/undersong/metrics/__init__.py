@@ -32,6 +32,8 @@ __all__, __getattr__ = lazy_names(
             "fit_recall_length",
             "fit_train_length",
             "measure_state_capacity",
+            "plot_capacity",
+            "plot_recall",
             "recommended_train_length",
             "state_size",
         ),
