@@ -18,4 +18,13 @@ except ImportError:  # an exported model runs without the `kernels` package; its
         return decorate
 
 
-__all__ = ["use_kernel_forward_from_hub"]
+def register_recorded_outputs(model):
+    """Tells transformers what a model can return beside its output (router logits, hidden states), after its class was
+    exchanged: it notes that when a model is built, by the class's name in 5.22 and by the model since 5.23."""
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+    key = str(type(model)) if type(_CAN_RECORD_REGISTRY) is dict else model
+    _CAN_RECORD_REGISTRY[key] = model._can_record_outputs
+
+
+__all__ = ["register_recorded_outputs", "use_kernel_forward_from_hub"]

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .._compat import register_recorded_outputs
 from .checkpointing import refuse_reentrant
 from .recurrent_router_config import RecurrentRouterConfig
 from .recurrent_router_layer import RecurrentRouter
@@ -119,7 +119,7 @@ class RecurrentRouterModel:
 def change_class(model, cls):
     """Makes a model an instance of `cls`, which transformers then asks for what it can return, router logits say."""
     model.__class__ = cls
-    _CAN_RECORD_REGISTRY[str(cls)] = cls._can_record_outputs  # filled for the class that a model is built as
+    register_recorded_outputs(model)
 
 
 def trunk_of(model):
