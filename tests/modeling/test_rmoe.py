@@ -192,6 +192,17 @@ def test_reentrant_checkpointing_is_refused():
         model(IDS)
 
 
+def test_autocast_trains_and_a_half_model_generates():
+    model = build(torch.float32).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(IDS, labels=IDS, output_router_logits=True)
+    outputs.loss.backward()
+    assert outputs.router_logits[0].dtype == torch.float32
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "gate" in name or "router" in name)
+    half = model.to(torch.bfloat16).eval()
+    assert half.generate(IDS[:1, :1], max_new_tokens=3, min_new_tokens=3).shape == (1, 4)
+
+
 @pytest.mark.slow
 def test_a_decoding_step_compiles_whole():
     model = build(torch.float32)

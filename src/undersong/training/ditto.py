@@ -168,7 +168,7 @@ class DittoTrainerMixin:
         self._ditto_count = None  # |M| of the current optimizer step
         self._ditto_sums: dict[str, torch.Tensor] = {}
         if hasattr(self.data_collator, "set_epoch"):
-            self.add_callback(_EpochOfDraws(self.data_collator))
+            self.add_callback(EpochOfDraws(self.data_collator))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -252,7 +252,9 @@ class DittoTrainer(DittoTrainerMixin, Trainer):
     """`Trainer` with `DittoTrainerMixin`; mix the latter into another Trainer (e.g. one with adapters) yourself."""
 
 
-class _EpochOfDraws(TrainerCallback):
+class EpochOfDraws(TrainerCallback):
+    """Tells whatever draws by epoch (a collator, a sampler with `set_epoch`) which epoch begins."""
+
     def __init__(self, collator):
         self.collator = collator
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from ..modeling.cache import RecurrentStateLayer
 from ..modeling.state_file import load_state, save_state, state_metadata
-from .ditto import _EpochOfDraws
+from .ditto import EpochOfDraws
 from .mamba import InitialState
 from .streaming_documents import DocumentStreamSampler, DocumentWindows
 
@@ -89,7 +89,7 @@ class StatePassingTrainerMixin:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # batches go to the processes in turn, so a row of the whole is a row of one process throughout
         sampler = DocumentStreamSampler(dataset, self._train_batch_size * self.args.world_size, seed)
-        self.add_callback(_EpochOfDraws(sampler))  # resuming wraps the loader, which then passes no epoch on
+        self.add_callback(EpochOfDraws(sampler))  # resuming wraps the loader, which then passes no epoch on
         return sampler
 
     def _set_signature_columns_if_needed(self):
