@@ -69,10 +69,10 @@ def kind(request):
     return request.param
 
 
-def build(kind):
+def build(kind, **changes):
     cls, config = MODELS[kind]
     torch.manual_seed(0)
-    model = cls(config)
+    model = cls(type(config).from_dict(config.to_dict() | changes))
     for name, parameter in model.named_parameters():  # a fresh convolution has no bias, and all decays are alike
         if "bias" in name or "A_log" in name:
             torch.nn.init.normal_(parameter, std=0.3)

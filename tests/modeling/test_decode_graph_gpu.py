@@ -1,28 +1,14 @@
 """decode_graph with real CUDA graphs: the same tokens, and no step waits for the device."""
 
-import contextlib
-import warnings
-
 import pytest
 import torch
 
 from undersong.modeling.decode_graph import decode_graph
 
+from ..gpu import no_waiting
 from .test_decode_graph import IDS, build, cache_of
 
 pytestmark = pytest.mark.gpu
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Raises wherever the host would wait for the GPU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "a prototype feature"
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(params=["aaren", "mamba", "mamba2"])

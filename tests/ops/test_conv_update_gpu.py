@@ -1,9 +1,7 @@
 """causal_conv1d, causal_conv1d_update and selective_state_update on a real GPU."""
 
-import contextlib
 import random
 import sys
-import warnings
 
 import pytest
 import torch
@@ -12,21 +10,10 @@ from undersong.ops import _dispatch, explain
 from undersong.ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from undersong.ops.selective_state_update import selective_state_update
 
+from ..gpu import no_waiting
 from .test_conv_update_kernel import CASES, assert_equal, conv_case, evaluate, update_inputs
 
 pytestmark = pytest.mark.gpu
-
-
-@contextlib.contextmanager
-def no_waiting():
-    """Raises wherever the host would wait for the GPU."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "a prototype feature"
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def to_gpu(value):

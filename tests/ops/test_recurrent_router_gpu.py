@@ -2,7 +2,6 @@
 
 import random
 import sys
-import warnings
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import torch
 from undersong.ops import _dispatch, explain
 from undersong.ops.recurrent_router import recurrent_router
 
+from ..gpu import no_waiting
 from .test_recurrent_router_kernel import NAMES, OUTPUTS, arguments, assert_equal, evaluate, make_case
 
 pytestmark = pytest.mark.gpu
@@ -111,13 +111,8 @@ def test_a_hundred_numbers_of_tokens_compile_nothing():
 def test_the_host_never_waits_and_a_graph_holds_it():
     case = on_gpu("gru", 16, 128, 32)
     want = route(case)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "a prototype feature"
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         route(case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         got = route(case)

@@ -84,7 +84,7 @@ def evaluate(case, backend, top_k=2, norm=True, double=False, grads=OUTPUTS[:3],
     outputs = recurrent_router(*arguments(case), top_k=top_k, base=case["base"], norm_topk_prob=norm, backend=backend)
     outputs = dict(zip(OUTPUTS, outputs, strict=True))
     generator = torch.Generator().manual_seed(1)
-    upstream = {name: torch.randn(outputs[name].shape, generator=generator) for name in OUTPUTS[:3]}
+    upstream = {name: torch.randn(outputs[name].shape, generator=generator).to(outputs[name]) for name in OUTPUTS[:3]}
     sum((outputs[name] * upstream[name]).sum() for name in grads).backward()
     return {name: x.detach() for name, x in outputs.items()} | {f"d{name}": x.grad for name, x in leaves.items()}
 

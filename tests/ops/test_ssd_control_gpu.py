@@ -8,6 +8,7 @@ import torch
 
 from undersong.ops import _dispatch, explain
 
+from ..gpu import no_waiting
 from .test_ssd import assert_equal
 from .test_ssd_control import CASES, call, columns, make, past
 
@@ -73,11 +74,8 @@ def test_a_step_does_not_wait_for_the_device(control, backend):
     control = moved(CONTROLS[control], "cuda")
     inputs, options = (moved(part, "cuda") for part in make("plain", 1, **SIZES))
     call(inputs, options, control, **more, backend=backend)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         call(inputs, options, control, **more, backend=backend)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -86,11 +84,8 @@ def test_a_sequence_does_not_wait_for_the_device(control):
     control = moved(CONTROLS[control], "cuda")
     inputs, options = (moved(part, "cuda") for part in make("middle", 500, **SIZES))
     call(inputs, options, control, **more, backend="triton")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         call(inputs, options, control, **more, backend="triton")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_auto_takes_the_kernels():

@@ -61,7 +61,7 @@ def forward(
     tl.store(scores_ptr + at, scores, mask=(t < n_steps)[:, None] & (j < n_positions)[None, :])
 
 
-@triton.jit(do_not_specialize=_LENGTHS)
+@triton.jit(do_not_specialize=[*_LENGTHS, "n_rows"])
 def backward(
     we_ptr, wd_ptr, v_ptr, mask_ptr, g_ptr, dwe_ptr, dwd_ptr, dv_ptr,
     n_steps, n_positions, n_hidden, n_rows,

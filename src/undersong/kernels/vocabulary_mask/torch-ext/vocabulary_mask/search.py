@@ -73,15 +73,20 @@ def moments(
     top = tl.where(top == float("-inf"), 0.0, top)
     drop = tl.where(m == float("-inf"), 0.0, m - top)
     share = tl.exp(drop)
-    total = tl.sum(share * s, 0)
+    here = k < chunks
+    total = tl.sum(tl.where(here, share * s, 0.0), 0)
     valid = total > 0  # not so for NaN
     total = tl.where(valid, total, 1.0)
     centre = top
     if TYPICAL:
         first = tl.load(parts + 8 * k + 1, mask=k < chunks, other=0.0, volatile=True)
         second = tl.load(parts + 8 * k + 2, mask=k < chunks, other=0.0, volatile=True)
-        mean = tl.where(valid, tl.sum(share * (first + s * drop), 0) / total, 0.0)
-        square = tl.where(valid, tl.sum(share * (second + 2 * drop * first + s * drop * drop), 0) / total, 0.0)
+        # The choice keeps products out of the sum's multiply-adds. Lanes add up in pairs, each its own number first:
+        # with one product exact and the other rounded the two would differ, and with them the centres of the lanes.
+        mean = tl.sum(tl.where(here, share * (first + s * drop), 0.0), 0)
+        square = tl.sum(tl.where(here, share * (second + 2 * drop * first + s * drop * drop), 0.0), 0)
+        mean = tl.where(valid, mean / total, 0.0)
+        square = tl.where(valid, square / total, 0.0)
         centre += mean
         # Chebyshev: the probability farther away than r is at most variance / r^2.
         radius = tl.sqrt(tl.maximum(square - mean * mean, 0.0) / tail)
