@@ -158,7 +158,7 @@ def test_the_kernels_operator_is_registered_soundly(kernel, mask):
     """Schema, fake tensors, autograd and dynamic tracing, which `can_torch_compile` of its layer promises."""
     inputs, valid = make_case(2, 3, 5, 7, mask)
     leaves = [x.nan_to_num().requires_grad_() for x in inputs]
-    torch.library.opcheck(kernel._operators.scores.default, (*leaves, valid))
+    torch.library.opcheck(kernel._operator.operator.default, (*leaves, valid))
 
 
 @pytest.mark.parametrize("mask", ["none", "middle", "a whole row"])

@@ -259,8 +259,8 @@ def test_the_kernels_operator_is_registered_soundly(case):
     """Schema, fake tensors, autograd and dynamic tracing, which `can_torch_compile` of its layer promises."""
     s, v, options = make_case(case, 20)
     state = [x.requires_grad_(i > 0) for i, x in enumerate(options.get("initial_state", ()))] or [None] * 3
-    operators = kernel_module("function")._operators
-    torch.library.opcheck(operators.forward.default, (s.requires_grad_(), v.requires_grad_(), *state, None, None))
+    operator = kernel_module("function")._operator.operator.default
+    torch.library.opcheck(operator, (s.requires_grad_(), v.requires_grad_(), *state, None, None))
 
 
 S, V = torch.zeros(2, 6, 3), torch.zeros(2, 6, 3, 4)

@@ -226,18 +226,11 @@ def per_row(value, name, logits):
     return value.to(logits.device).repeat_interleave(repeats) if repeats > 1 else value.to(logits.device)
 
 
-# Its predecessors gave other tokens in a few of 256 rows from run to run, which the self-check is too small to see.
-# None once `pytest -m gpu tests/ops/test_gpu.py -k Vocabulary` has passed on a GPU.
-UNVERIFIED = "this kernel has not passed its determinism tests on a GPU yet; use backend='torch'"
-
-
 def kernel_refuses(logits, *_):
     """Why the kernel cannot take these logits, or None; under the interpreter it takes all."""
     if logits.device.type != "cuda":
         return None
-    return UNVERIFIED or _kernel_limit(
-        logits.shape[1], torch.cuda.get_device_properties(logits.device).multi_processor_count
-    )
+    return _kernel_limit(logits.shape[1], torch.cuda.get_device_properties(logits.device).multi_processor_count)
 
 
 def _kernel_limit(vocabulary, processors):

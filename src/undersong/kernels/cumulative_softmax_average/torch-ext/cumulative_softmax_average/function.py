@@ -1,13 +1,12 @@
 """Launches the kernels and registers them as torch operators, so that autograd and torch.compile see them."""
 
-import re
-
 import torch
 import triton
 
 from .backward import backward
 from .common import GROUP, HEADER, TAIL
 from .forward import forward
+from .registry import register
 
 # How a kernel cuts its work, for half and for float32 values, tuned on an H100 (the names are the kernels' own).
 # Nothing here depends on batch or length.
@@ -23,7 +22,6 @@ BLOCK_D = 64  # most of dim that one program holds
 PRODUCT = {True: "split", False: "ieee"}  # see backward.weighted_sum
 
 _INTERPRETED = not isinstance(forward, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when this was imported
-_NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])  # the package may be loaded under several names at once
 
 
 def cumulative_softmax_average(s, v, initial_state=None, mask=None, cu_seqlens=None):
@@ -45,7 +43,7 @@ def cumulative_softmax_average(s, v, initial_state=None, mask=None, cu_seqlens=N
         m0 = m0.detach()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(s.device, torch.int32)
-    o, _, m, u, w = _operators.forward(s, v, m0, u0, w0, mask, cu_seqlens)
+    o, _, m, u, w = _operator(s, v, m0, u0, w0, mask, cu_seqlens)
     return o, (m.detach(), u, w)
 
 
@@ -157,31 +155,23 @@ def _differentiate(ctx, do, dz, dm, du, dw):
         shape = (*u.shape, v.shape[-1])
         du = torch.zeros_like(u) if du is None else du.to(torch.float32).contiguous()
         dw = torch.zeros(shape, dtype=u.dtype, device=u.device) if dw is None else dw.to(torch.float32).contiguous()
-    ds, dv, du0, dw0 = _operators.backward(s, v, m0, u0, mask, cu_seqlens, o, z, u, do, du, dw)
+    ds, dv, du0, dw0 = _backward_operator(s, v, m0, u0, mask, cu_seqlens, o, z, u, do, du, dw)
     return ds, dv, None, None if u0 is None else du0, None if u0 is None else dw0, None, None
 
 
-def _register():
-    """torch.ops.<package>.{forward, backward}, once in a process for each package name."""
-    operators = getattr(torch.ops, _NAMESPACE)
-    if hasattr(operators, "library"):  # the same source under the same name is loaded already
-        return operators
-    library = torch.library.Library(_NAMESPACE, "DEF")
-    library.define(
-        "forward(Tensor s, Tensor v, Tensor? m0, Tensor? u0, Tensor? w0, Tensor? mask, Tensor? cu_seqlens)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
-    library.define(
-        "backward(Tensor s, Tensor v, Tensor? m0, Tensor? u0, Tensor? mask, Tensor? cu_seqlens, Tensor o, Tensor z,"
-        " Tensor u, Tensor do, Tensor? du, Tensor? dw) -> (Tensor, Tensor, Tensor, Tensor)"
-    )
-    for name, run, fake in (("forward", _forward, _empty_outputs), ("backward", _backward, _fake_backward)):
-        for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-            library.impl(name, run, key)
-        torch.library.register_fake(_NAMESPACE + "::" + name, fake, lib=library)
-    torch.library.register_autograd(_NAMESPACE + "::forward", _differentiate, setup_context=_save, lib=library)
-    operators.library = library  # registrations live as long as this object
-    return operators
-
-
-_operators = _register()
+_operator = register(
+    "forward",
+    "(Tensor s, Tensor v, Tensor? m0, Tensor? u0, Tensor? w0, Tensor? mask, Tensor? cu_seqlens)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _empty_outputs,
+    _differentiate,
+    _save,
+)
+_backward_operator = register(
+    "backward",
+    "(Tensor s, Tensor v, Tensor? m0, Tensor? u0, Tensor? mask, Tensor? cu_seqlens, Tensor o, Tensor z, Tensor u,"
+    " Tensor do, Tensor? du, Tensor? dw) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

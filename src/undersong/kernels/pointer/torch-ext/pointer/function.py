@@ -1,11 +1,10 @@
 """Launches the kernels and registers them as torch operators, so that autograd and torch.compile see them."""
 
-import re
-
 import torch
 import triton
 
 from .kernels import backward, forward
+from .registry import register
 
 # How a kernel cuts its work, for a single step (decoding) and for several. Nothing else depends on a length.
 FORWARD = {
@@ -15,7 +14,6 @@ FORWARD = {
 BACKWARD = {"CHUNK": 128, "BLOCK_T": 8, "BLOCK_N": 16, "BLOCK_H": 32, "num_warps": 4}
 
 _INTERPRETED = not isinstance(forward, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when this was imported
-_NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])  # the package may be loaded under several names at once
 
 
 def additive_pointer_attention(We, Wd, v, mask=None):
@@ -30,7 +28,7 @@ def additive_pointer_attention(We, Wd, v, mask=None):
         raise RuntimeError(
             "the kernel needs CUDA tensors, got cpu; move the inputs, or set TRITON_INTERPRET=1 before the start."
         )
-    return _operators.scores(We, Wd, v, mask)
+    return _operator(We, Wd, v, mask)
 
 
 def _forward(We, Wd, v, mask):
@@ -86,25 +84,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, g):
-    return *_operators.scores_backward(*ctx.saved_tensors, g), None
+    return *_backward_operator(*ctx.saved_tensors, g), None
 
 
-def _register():
-    """torch.ops.<package>.{scores, scores_backward}, once in a process for each package name."""
-    operators = getattr(torch.ops, _NAMESPACE)
-    if hasattr(operators, "library"):  # the same source under the same name is loaded already
-        return operators
-    library = torch.library.Library(_NAMESPACE, "DEF")
-    inputs = "Tensor We, Tensor Wd, Tensor v, Tensor? mask"
-    library.define(f"scores({inputs}) -> Tensor")
-    library.define(f"scores_backward({inputs}, Tensor g) -> (Tensor, Tensor, Tensor)")
-    for name, run, fake in (("scores", _forward, _empty_scores), ("scores_backward", _backward, _fake_backward)):
-        for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-            library.impl(name, run, key)
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(f"{_NAMESPACE}::scores", _differentiate, setup_context=_save, lib=library)
-    operators.library = library  # registrations live as long as this object
-    return operators
-
-
-_operators = _register()
+_INPUTS = "Tensor We, Tensor Wd, Tensor v, Tensor? mask"
+_operator = register("scores", f"({_INPUTS}) -> Tensor", _forward, _empty_scores, _differentiate, _save)
+_backward_operator = register(
+    "scores_backward", f"({_INPUTS}, Tensor g) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward
+)

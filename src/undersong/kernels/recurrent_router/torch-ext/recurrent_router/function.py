@@ -1,12 +1,12 @@
 """Launches the kernels and registers them as torch operators, so that autograd and torch.compile see them."""
 
 import functools
-import re
 
 import torch
 import triton
 
 from . import kernels
+from .registry import register
 
 # How the kernels cut their work, in their own names. A few tokens are spread over as many programs as there is work
 # for; many have the weights read less often. Nothing else depends on the number of tokens.
@@ -20,7 +20,6 @@ LARGEST = 256  # router size, and number of experts: a program holds all scores 
 
 _INTERPRETED = not isinstance(kernels.step, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 when this was imported
 _COMPILED = {}  # what decides how a kernel is compiled -> the compiled kernel
-_NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])  # the package may be loaded under several names at once
 
 
 def recurrent_router(u, h, weight_ih, weight_hh, bias_ih, bias_hh, W2, top_k, base=None, norm_topk_prob=True):
@@ -33,8 +32,7 @@ def recurrent_router(u, h, weight_ih, weight_hh, bias_ih, bias_hh, W2, top_k, ba
     inputs = u, h, weight_ih, weight_hh, bias_ih, bias_hh, W2, base
     if (reason := problem(*inputs)) is not None:
         raise ValueError(f"{reason}; use the torch path.")
-    run = _operators.forward if _needs_operator(inputs) else _forward
-    return tuple(run(*inputs, top_k, norm_topk_prob))
+    return tuple(_operator(*inputs, top_k, norm_topk_prob))
 
 
 def problem(u, h, weight_ih, weight_hh, bias_ih, bias_hh, W2, base=None):
@@ -47,16 +45,6 @@ def problem(u, h, weight_ih, weight_hh, bias_ih, bias_hh, W2, base=None):
     if any(x is not None and x.dtype == torch.float64 for x in inputs):
         return "the kernel computes in float32, got float64 inputs"
     return None
-
-
-def _needs_operator(inputs):
-    """Whether autograd, torch.compile or a tensor subclass has to see the call. Where none has to, the kernels are
-    launched at once: the way through the operator takes the host longer than a launch."""
-    if torch.compiler.is_compiling():
-        return True
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return True
-    return any(x is not None and type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter for x in inputs)
 
 
 def _forward(u, h, weight_ih, weight_hh, bias_ih, bias_hh, W2, base, top_k, norm):
@@ -191,7 +179,7 @@ def _differentiate(ctx, g_new, g_scores, g_weights, _):
     needed[3] &= saved[1] is not None  # without a state nothing is multiplied with its weights
     if g_scores is None and g_weights is None:
         needed[6] = needed[7] = False
-    gradients = _operators.backward(*saved, ctx.norm, g_new, g_scores, g_weights, needed)
+    gradients = _backward_operator(*saved, ctx.norm, g_new, g_scores, g_weights, needed)
     given = (
         gradient.to(dtype) if need else None
         for gradient, dtype, need in zip(gradients, ctx.dtypes, needed)  # noqa: B905 - python 3.9
@@ -199,25 +187,19 @@ def _differentiate(ctx, g_new, g_scores, g_weights, _):
     return *given, None, None
 
 
-def _register():
-    """torch.ops.<package>.{forward, backward}, once in a process for each package name."""
-    operators = getattr(torch.ops, _NAMESPACE)
-    if hasattr(operators, "library"):  # the same source under the same name is loaded already
-        return operators
-    library = torch.library.Library(_NAMESPACE, "DEF")
-    inputs = "Tensor u, Tensor? h, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh, Tensor W2"
-    library.define(f"forward({inputs}, Tensor? base, int top_k, bool norm) -> (Tensor, Tensor, Tensor, Tensor)")
-    library.define(
-        f"backward({inputs}, Tensor new, Tensor scores, Tensor weights, Tensor experts, bool norm, Tensor? g_new,"
-        " Tensor? g_scores, Tensor? g_weights, bool[] needed) -> Tensor[]"
-    )
-    for name, run, fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
-        for key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
-            library.impl(name, run, key)
-        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=library)
-    torch.library.register_autograd(f"{_NAMESPACE}::forward", _differentiate, setup_context=_save, lib=library)
-    operators.library = library  # registrations live as long as this object
-    return operators
-
-
-_operators = _register()
+_INPUTS = "Tensor u, Tensor? h, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh, Tensor W2"
+_operator = register(
+    "forward",
+    f"({_INPUTS}, Tensor? base, int top_k, bool norm) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    _differentiate,
+    _save,
+)
+_backward_operator = register(
+    "backward",
+    f"({_INPUTS}, Tensor new, Tensor scores, Tensor weights, Tensor experts, bool norm, Tensor? g_new,"
+    " Tensor? g_scores, Tensor? g_weights, bool[] needed) -> Tensor[]",
+    _backward,
+    _fake_backward,
+)

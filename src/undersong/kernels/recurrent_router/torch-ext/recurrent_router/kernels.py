@@ -163,7 +163,9 @@ def choose(
     scores = tl.where(there, scores, float("-inf"))
     p = tl.exp(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(p, 1)  # NaN if a score is, and so are the weights then
-    left = tl.where(there, tl.where(p >= 0, p, 0.0), -1.0)  # NaN, too, has its turn, before what is not there
+    # NaN, too, has its turn, before what is not there. By its bits: the compiler takes it that e^x >= 0 at any x.
+    number = (p.to(tl.int32, bitcast=True) & 0x7FFFFFFF) <= 0x7F800000
+    left = tl.where(there, tl.where(number, p, 0.0), -1.0)
     column = tl.arange(0, BLOCK_TOP)
     weights = tl.zeros([BLOCK_T, BLOCK_TOP], tl.float32)
     experts = tl.zeros([BLOCK_T, BLOCK_TOP], tl.int32)

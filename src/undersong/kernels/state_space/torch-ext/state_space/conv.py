@@ -4,7 +4,7 @@ import torch
 import triton
 
 from . import conv_kernels as kernels
-from .registry import OPERATORS, register
+from .registry import records_gradients, register
 
 # How the kernels cut their work (the forward tuned on an H100), in their own names; whatever batch and length are.
 # The key says whether channels lie side by side; where they do not, a program reads fewer of them, each along time.
@@ -33,8 +33,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, initial_state=None, mas
         cu_seqlens = cu_seqlens.to(x.device, torch.int32)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    run = OPERATORS.conv_forward if needs_operator(x, weight, bias, initial_state) else _forward
-    return run(x, weight, bias, initial_state, mask, cu_seqlens, takes_silu(activation))
+    return _operator(x, weight, bias, initial_state, mask, cu_seqlens, takes_silu(activation))
 
 
 def causal_conv1d_update(x, state, weight, bias=None, activation=None, mask=None, inplace=False):
@@ -48,11 +47,9 @@ def causal_conv1d_update(x, state, weight, bias=None, activation=None, mask=None
         y, new = causal_conv1d(x[:, None], weight, bias, activation, state, mask, None)
         return y.squeeze(1), state.copy_(new) if inplace else new
     arguments = x, state, weight, bias, mask, silu
-    traced = needs_operator(x, state, weight, bias)
     if not inplace:
-        return (OPERATORS.conv_step if traced else _step)(*arguments)
-    y = (OPERATORS.conv_step_ if traced else _step_)(*arguments)
-    return y, written(state)
+        return _step_operator(*arguments)
+    return _inplace_operator(*arguments), written(state)
 
 
 def check_tensors(x, *others):
@@ -72,18 +69,6 @@ def takes_silu(activation):
     if activation not in (None, "silu", "swish"):
         raise ValueError(f"activation ({activation!r}) must be one of None, 'silu', 'swish'; apply others yourself.")
     return activation is not None
-
-
-def records_gradients(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def needs_operator(*tensors):
-    """Whether autograd, torch.compile or a tensor subclass has to see the call as an operator. Where none has to, the
-    kernel is launched at once: the way through the operator takes the host longer than a small launch itself."""
-    if torch.compiler.is_compiling() or records_gradients(*tensors):
-        return True
-    return any(t is not None and type(t) is not torch.Tensor and type(t) is not torch.nn.Parameter for t in tensors)
 
 
 def written(state):
@@ -231,18 +216,18 @@ def _differentiate(ctx, dy, dwindow):
     if dy is None:
         dy = torch.zeros((), dtype=x.dtype, device=x.device).expand_as(x)
     dwindow = None if dwindow is None else dwindow.to(torch.float32).contiguous()
-    dx, dweight, dbias, dstate = OPERATORS.conv_backward(
-        x, weight, bias, state, mask, cu_seqlens, ctx.silu, dy, dwindow
-    )
+    dx, dweight, dbias, dstate = _backward_operator(x, weight, bias, state, mask, cu_seqlens, ctx.silu, dy, dwindow)
     return dx, dweight, None if bias is None else dbias, None if state is None else dstate, None, None, None
 
 
 _GIVEN = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? mask, Tensor? cu_seqlens, bool silu"
 _STEP = "Tensor weight, Tensor? bias, Tensor? mask, bool silu"
-register("conv_forward", f"({_GIVEN}) -> (Tensor, Tensor)", _forward, _fake_forward, _differentiate, _save)
-register(
+_operator = register("conv_forward", f"({_GIVEN}) -> (Tensor, Tensor)", _forward, _fake_forward, _differentiate, _save)
+_backward_operator = register(
     "conv_backward", f"({_GIVEN}, Tensor dy, Tensor? dwindow) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward, _fake_backward,
 )  # fmt: skip
-register("conv_step", f"(Tensor x, Tensor state, {_STEP}) -> (Tensor, Tensor)", _step, _fake_step)
-register("conv_step_", f"(Tensor x, Tensor(a!) state, {_STEP}) -> Tensor", _step_, lambda *args: _fake_step(*args)[0])
+_step_operator = register("conv_step", f"(Tensor x, Tensor state, {_STEP}) -> (Tensor, Tensor)", _step, _fake_step)
+_inplace_operator = register(
+    "conv_step_", f"(Tensor x, Tensor(a!) state, {_STEP}) -> Tensor", _step_, lambda *args: _fake_step(*args)[0]
+)

@@ -5,8 +5,7 @@ import math
 import torch
 import triton
 
-from .conv import needs_operator, records_gradients
-from .registry import OPERATORS, register
+from .registry import records_gradients, register
 from .scan_backward import backward
 from .scan_common import ALIGN, CHANNELS_LAST, PAD, STRIDED, TIME_LAST, gather
 from .scan_forward import forward
@@ -57,8 +56,7 @@ def selective_scan(
         initial_state = initial_state.to(torch.float32).contiguous()
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(u.device, torch.int32)
-    run = OPERATORS.scan_forward if needs_operator(*tensors) else _forward
-    y, state, _ = run(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, delta_softplus, save)
+    y, state, _ = _operator(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, delta_softplus, save)
     return y, state
 
 
@@ -222,7 +220,7 @@ def _differentiate(ctx, dy, dstate, _):
         dy = torch.zeros((), dtype=u.dtype, device=u.device).expand_as(u)
     if dstate is not None:
         dstate = dstate.to(torch.float32).contiguous()
-    gradients = OPERATORS.scan_backward(*tensors, ctx.softplus, saved, dy, dstate)
+    gradients = _backward_operator(*tensors, ctx.softplus, saved, dy, dstate)
     given = (None if x is None else dx for x, dx in zip(tensors[:9], gradients, strict=True))
     return *given, None, None, None, None
 
@@ -231,7 +229,7 @@ _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? bias, Tensor? h0,"
     " Tensor? mask, Tensor? cu, bool softplus"
 )
-register(
+_operator = register(
     "scan_forward",
     f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)",
     _forward,
@@ -239,7 +237,7 @@ register(
     _differentiate,
     _save,
 )
-register(
+_backward_operator = register(
     "scan_backward",
     f"({_INPUTS}, Tensor saved, Tensor dy, Tensor? dstate) -> ({', '.join(['Tensor'] * 9)})",
     _backward,

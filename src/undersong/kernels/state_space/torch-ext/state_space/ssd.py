@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .registry import OPERATORS, register
+from .registry import register
 from .ssd_backward import backward_groups, backward_tokens
 from .ssd_forward import forward
 from .ssd_states import states
@@ -54,7 +54,7 @@ def ssd(
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(x.device, torch.int32)
     low, high = map(float, dt_limit)
-    y, state, _, _ = OPERATORS.ssd_forward(
+    y, state, _, _ = _operator(
         x, dt, A, B, C, D, z, dt_bias, initial_state, mask, cu_seqlens, bool(dt_softplus), low, high
     )
     return y, state
@@ -279,7 +279,7 @@ def _differentiate(ctx, dy, g1, *_):
         dy = x.new_zeros(()).expand_as(x)
     if g1 is not None:
         g1 = g1.to(torch.float32).contiguous()
-    gradients = OPERATORS.ssd_backward(*tensors, *ctx.options, steps_, table, dy, g1)
+    gradients = _backward_operator(*tensors, *ctx.options, steps_, table, dy, g1)
     given = (None if tensor is None else gradient for tensor, gradient in zip(tensors, gradients))  # noqa: B905 - python 3.9
     return (*given, None, None, None, None, None)
 
@@ -288,13 +288,13 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? initial_state,"
     " Tensor? mask, Tensor? cu_seqlens, bool dt_softplus, float low, float high"
 )
-register(
+_backward_operator = register(
     "ssd_backward",
     f"({_INPUTS}, Tensor steps, Tensor table, Tensor dy, Tensor? dstate) -> ({', '.join(['Tensor'] * 9)})",
     _backward,
     _fake_backward,
 )
-register(
+_operator = register(
     "ssd_forward",
     f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,

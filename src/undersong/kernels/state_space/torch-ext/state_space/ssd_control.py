@@ -6,8 +6,8 @@ them, all outputs from those (the plain scan's forward kernel, with a granule fo
 
 import torch
 
-from .conv import cdiv, check_tensors, needs_operator, written
-from .registry import OPERATORS, register
+from .conv import cdiv, check_tensors, written
+from .registry import register
 from .ssd import FORWARD, _padded, _Plan, _skip_strides, _strides
 from .ssd_control_kernels import granules, limit_states, step, window_states
 from .ssd_forward import forward
@@ -50,18 +50,16 @@ def _control(
     low, high = map(float, limit)
     A, bias, threshold, position = (None if t is None else t.contiguous() for t in (A, bias, threshold, position))
     inputs = x, dt, A, B, C, D, z, bias, bool(softplus), low, high, granularity, threshold, chunks
-    traced = needs_operator(x, dt, A, B, C, D, z, bias, *held)
     if x.shape[1] == 1 and state is not None and cu_seqlens is None:
-        run = OPERATORS.ssd_control_step if traced else _step
         if inplace and all(part is None or part.dtype == torch.float32 and part.is_contiguous() for part in held):
-            return run(*inputs, *held, position, mask), tuple(written(part) for part in state)
+            return _step_operator(*inputs, *held, position, mask), tuple(written(part) for part in state)
         new = [None if part is None else _copy(part) for part in held]
-        y, new = run(*inputs, *new, position, mask), new[: len(state)]
+        y, new = _step_operator(*inputs, *new, position, mask), new[: len(state)]
         if inplace:
             new = [old.copy_(part) for old, part in zip(state, new)]  # noqa: B905 - python 3.9
         return y, tuple(new)
     held = [None if part is None else part.to(torch.float32).contiguous() for part in held]
-    y, *state = (OPERATORS.ssd_control if traced else _prefill)(*inputs, *held, position, mask, cu_seqlens)
+    y, *state = _operator(*inputs, *held, position, mask, cu_seqlens)
     return y, tuple(state if chunks else state[:1])
 
 
@@ -200,14 +198,14 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus,"
     " float low, float high, int granularity, Tensor? threshold, int chunks"
 )
-register(
+_operator = register(
     "ssd_control",
     f"({_INPUTS}, Tensor? h, Tensor? local, Tensor? decay, Tensor? ring, Tensor? decays, Tensor? position,"
     f" Tensor? mask, Tensor? cu_seqlens) -> ({', '.join(['Tensor'] * 6)})",
     _prefill,
     _empty_outputs,
 )
-register(
+_step_operator = register(
     "ssd_control_step",
     f"({_INPUTS}, Tensor(a!) h, Tensor(b!)? local, Tensor(c!)? decay, Tensor(d!)? ring, Tensor(e!)? decays,"
     " Tensor position, Tensor? mask) -> Tensor",

@@ -2,8 +2,8 @@
 
 import torch
 
-from .conv import cdiv, check_tensors, needs_operator, records_gradients, written
-from .registry import OPERATORS, register
+from .conv import cdiv, check_tensors, written
+from .registry import records_gradients, register
 from .scan import selective_scan
 from .ssd import ssd
 from .update_kernels import update as kernel
@@ -30,11 +30,9 @@ def selective_state_update(
         return y, state.copy_(new) if inplace else new
     low, high = map(float, dt_limit)
     arguments = state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, mask
-    traced = needs_operator(state, x, dt, A, B, C, D, z, dt_bias)
     if not inplace:
-        return (OPERATORS.update if traced else _update)(*arguments)
-    y = (OPERATORS.update_ if traced else _update_)(*arguments)
-    return y, written(state)
+        return _operator(*arguments)
+    return _inplace_operator(*arguments), written(state)
 
 
 def _scan(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, mask):
@@ -104,5 +102,7 @@ _INPUTS = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus,"
     " float low, float high, Tensor? mask"
 )
-register("update", f"(Tensor state, {_INPUTS}) -> (Tensor, Tensor)", _update, _fake)
-register("update_", f"(Tensor(a!) state, {_INPUTS}) -> Tensor", _update_, lambda *args: _fake(*args)[0])
+_operator = register("update", f"(Tensor state, {_INPUTS}) -> (Tensor, Tensor)", _update, _fake)
+_inplace_operator = register(
+    "update_", f"(Tensor(a!) state, {_INPUTS}) -> Tensor", _update_, lambda *args: _fake(*args)[0]
+)
