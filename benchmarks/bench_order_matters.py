@@ -33,6 +33,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # streams that the G
 
 import harness
 import torch
+from recorded_steps import RecordedSteps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from undersong.data.joint_tokens import FIRST_TOKEN, SCRAMBLED, JointTokenDataset, MarkovSentences, Star
@@ -108,8 +109,7 @@ class SortingRun:
         self.rate = torch.full((), setting.learning_rate, device=self.device)
         self.count = torch.zeros((), device=self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate, capturable=on_gpu)
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.graph = None
+        self.recorded = RecordedSteps(self.generator) if on_gpu else None
 
     def step(self):
         """The learning rate falls to 0 in a line; everything stays on the device."""
@@ -120,23 +120,6 @@ class SortingRun:
         self.model(input_values=values, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 2.0)
         self.optimizer.step()
-
-    def record(self, warmup=3):
-        """Takes the first steps, in which kernels are compiled, and records the next; returns the steps taken."""
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):
-            for _ in range(warmup):
-                self.step()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self.graph, stream=self.stream):
-            self.step()
-        return warmup
-
-    def replay(self):
-        with torch.cuda.stream(self.stream):
-            self.graph.replay()
 
     @torch.no_grad()
     def result(self):
@@ -171,11 +154,11 @@ def sort_side_by_side(setting, device):
     """All models at once on one GPU."""
     start = time.perf_counter()
     runs = [SortingRun(*job, setting, device) for job in sorting_jobs(setting)]
-    taken = [run.record() for run in runs]
+    taken = [run.recorded.record("step", run.step) for run in runs]
     print(f"sorting: {len(runs)} models recorded after {time.perf_counter() - start:.0f} s", flush=True)
     for step in range(max(taken), setting.steps):
         for run in runs:
-            run.replay()
+            run.recorded.replay("step")
         if step % 1000 == 0:
             torch.cuda.synchronize()
             print(f"sorting: step {step} after {time.perf_counter() - start:.0f} s", flush=True)

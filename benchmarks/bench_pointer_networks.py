@@ -1,6 +1,6 @@
 """Pointer networks on convex hulls and round trips: how often right, how far from the best, and beyond the training.
 
-    python benchmarks/bench_pointer_networks.py --device cuda             # about six minutes on a GPU with 16 cores
+    python benchmarks/bench_pointer_networks.py --device cuda             # some seven minutes on a GPU with 16 cores
     python benchmarks/bench_pointer_networks.py --device cpu --tasks hull # under half an hour on two cores
     python benchmarks/bench_pointer_networks.py --fast                    # smoke test, writes nothing
     python benchmarks/bench_pointer_networks.py --plot benchmarks/results/pointer_networks_cuda.json
@@ -12,6 +12,7 @@ three seeds are then trained in full. Test instances are seen by nothing else.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import harness
 import torch
+from recorded_steps import RecordedSteps
 from torch import nn
 from transformers import BertConfig
 
@@ -50,8 +52,8 @@ class Setting:
 
     hidden_size: int = 256
     batch: int = 512
-    steps: int = 8_000
-    seconds: float = 170
+    steps: int = 40_000
+    seconds: float = 200
     rates: int = 3  # learning rates that are tried
     search: float = 0.25  # length of a training that tries a learning rate
     clip: float = 2.0
@@ -114,6 +116,7 @@ def make_instances(tasks, setting, folder):
     return time.perf_counter() - start
 
 
+@functools.cache
 def load_instances(task, n, folder, device):
     parts = [DATASETS[task].load(path) for path in sorted(Path(folder).glob(f"{task}-{n}-*.safetensors"))]
     return tuple(torch.cat([getattr(part, name) for part in parts]).to(device) for name in ("points", "targets"))
@@ -148,42 +151,96 @@ def validation_loss(model, task, rows):
     return statistics.mean(losses)
 
 
+class Training:
+    """One model and its training, a step at a time; a GPU replays steps, one recorded for each size."""
+
+    def __init__(self, job, setting):
+        torch.manual_seed(job.seed)
+        self.job, self.setting, self.model = job, setting, build(job.task, job.kind, setting).to(job.device)
+        self.data = {n: load_instances(job.task, n, job.folder, job.device) for n in SIZES}
+        self.generator = torch.Generator(job.device).manual_seed(job.seed)
+        self.rate, self.total = (torch.zeros((), device=job.device) for _ in range(2))
+        on_gpu = torch.device(job.device).type == "cuda"
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.rate, fused=on_gpu, capturable=on_gpu)
+        sizes = torch.randint(len(SIZES), (setting.steps,), generator=torch.Generator().manual_seed(job.seed))
+        self.sizes = [SIZES[i] for i in sizes.tolist()]
+        self.steps, self.counted, self.history, self.start = 0, 0, [], None
+        self.recorded = None
+        if on_gpu:  # with a rate of 0, so that nothing is learned here
+            self.recorded = RecordedSteps(self.generator)
+            for n in SIZES:
+                self.recorded.record(n, lambda n=n: self.learn(n))
+            self.total.zero_()
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+
+    def learn(self, n):
+        points, targets = self.data[n]
+        rows = torch.randint(
+            len(points), (self.setting.batch,), generator=self.generator, device=self.generator.device
+        )
+        self.optimizer.zero_grad()
+        loss = self.model(points[rows], labels=targets[rows].long()).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.setting.clip)
+        self.optimizer.step()
+        self.total += loss.detach()
+
+    def advance(self):
+        """Takes a step; True while there is another."""
+        self.start = self.start or time.perf_counter()
+        progress = max(self.steps / self.setting.steps, (time.perf_counter() - self.start) / self.setting.seconds)
+        if progress >= (len(self.history) + 1) / CHECKS:
+            self.history.append({"step": self.steps, "loss": self.total.item() / self.counted})
+            self.counted = 0
+            self.total.zero_()
+        if progress >= 1:
+            return False
+        rate = self.job.learning_rate * min(1, (self.steps + 1) / WARMUP) * (1 + math.cos(math.pi * progress)) / 2
+        n = self.sizes[self.steps]
+        if self.recorded is None:
+            self.rate.fill_(rate)
+            self.learn(n)
+        else:
+            with torch.cuda.stream(self.recorded.stream):
+                self.rate.fill_(rate)
+            self.recorded.replay(n)
+        self.steps, self.counted = self.steps + 1, self.counted + 1
+        return True
+
+    def facts(self):
+        seconds = time.perf_counter() - self.start
+        self.model.eval()
+        job = self.job
+        facts = {"task": job.task, "kind": job.kind, "seed": job.seed, "learning_rate": job.learning_rate}
+        facts |= {"steps": self.steps, "seconds": seconds, "history": self.history}
+        facts["validation_loss"] = validation_loss(self.model, job.task, self.setting.test_rows)
+        facts["parameters"] = sum(p.numel() for p in self.model.parameters())
+        print(
+            f"{job.name}: {self.steps} steps in {seconds:.0f} s, validation {facts['validation_loss']:.4f}", flush=True
+        )
+        return facts
+
+
 def train(job, setting):
     """A trained model and what is to be told of the training."""
     torch.set_num_threads(1)
-    torch.manual_seed(job.seed)
-    model = build(job.task, job.kind, setting).to(job.device)
-    data = {n: load_instances(job.task, n, job.folder, job.device) for n in SIZES}
-    on_gpu = torch.device(job.device).type == "cuda"
-    optimizer = torch.optim.Adam(model.parameters(), lr=job.learning_rate, fused=on_gpu)
-    generator = torch.Generator(job.device).manual_seed(job.seed)
-    sizes = torch.randint(len(SIZES), (setting.steps,), generator=torch.Generator().manual_seed(job.seed)).tolist()
-    history, total, counted = [], torch.zeros((), device=job.device), 0
-    start, step, progress = time.perf_counter(), 0, 0.0
-    while progress < 1:
-        rate = job.learning_rate * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * progress)) / 2
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        points, targets = data[SIZES[sizes[step]]]
-        rows = torch.randint(len(points), (setting.batch,), generator=generator, device=job.device)
-        loss = model(points[rows], labels=targets[rows].long()).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), setting.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, total, counted = step + 1, total + loss.detach(), counted + 1
-        progress = max(step / setting.steps, (time.perf_counter() - start) / setting.seconds)
-        if progress >= (len(history) + 1) / CHECKS:
-            history.append({"step": step, "loss": total.item() / counted})
-            total, counted = torch.zeros_like(total), 0
-    seconds = time.perf_counter() - start
-    model.eval()
-    facts = {"task": job.task, "kind": job.kind, "seed": job.seed, "learning_rate": job.learning_rate}
-    facts |= {"steps": step, "seconds": seconds, "history": history}
-    facts["validation_loss"] = validation_loss(model, job.task, setting.test_rows)
-    facts["parameters"] = sum(p.numel() for p in model.parameters())
-    print(f"{job.name}: {step} steps in {seconds:.0f} s, validation {facts['validation_loss']:.4f}", flush=True)
-    return model, facts
+    training = Training(job, setting)
+    while training.advance():
+        pass
+    return training.model, training.facts()
+
+
+def train_side_by_side(jobs, setting):
+    """The same for several on one GPU: each on a stream of its own, fed by turns."""
+    trainings = [Training(job, setting) for job in jobs]
+    torch.cuda.synchronize()
+    waiting = trainings
+    while waiting:
+        waiting = [training for training in waiting if training.advance()]
+    torch.cuda.synchronize()
+    return [(training.model, training.facts()) for training in trainings]
 
 
 @torch.no_grad()
@@ -220,30 +277,41 @@ def evaluate_all(model, task, setting):
     return {str(n): evaluate(model, task, n, rows) for n, rows in sizes.items() if most is None or n <= most}
 
 
-def try_rate(job, setting):
-    return train(
-        job, replace(setting, steps=int(setting.steps * setting.search), seconds=setting.seconds * setting.search)
-    )[1]
+def train_all(jobs, setting):
+    """[(a trained model, facts)]: on a GPU side by side in this process, else in processes."""
+    if jobs[0].device != "cpu":
+        return train_side_by_side(jobs, setting)
+    return beside(setting.jobs, train, [(job, setting) for job in jobs])
 
 
-def train_and_test(job, setting):
-    model, facts = train(job, setting)
-    return facts | {"test": evaluate_all(model, job.task, setting)}
+def test_model(folder, task, device, setting):
+    torch.set_num_threads(1)
+    model = PointerNetworkForConditionalGeneration.from_pretrained(folder).to(device).eval()
+    return evaluate_all(model, task, setting)
 
 
-def run_all(tasks, setting, device):
+def run_all(tasks, setting, device, keep=None):
     pairs = [(task, kind) for task in tasks for kind in KINDS[task]]
     with tempfile.TemporaryDirectory() as folder:
         seconds = make_instances(tasks, setting, folder)
         print(f"instances: {seconds:.0f} s", flush=True)
         jobs = [Job(*pair, 0, rate, device, folder) for pair in pairs for rate in RATES[pair[1]][: setting.rates]]
-        tried = beside(setting.jobs, try_rate, [(job, setting) for job in jobs])
+        short = replace(setting, steps=int(setting.steps * setting.search), seconds=setting.seconds * setting.search)
+        tried = [facts for _, facts in train_all(jobs, short)]
         best = {}
         for task, kind in pairs:
             own = [run for run in tried if (run["task"], run["kind"]) == (task, kind)]
             best[task, kind] = min(own, key=lambda run: run["validation_loss"])["learning_rate"]
         jobs = [Job(*pair, seed, best[pair], device, folder) for seed in range(setting.seeds) for pair in pairs]
-        runs = beside(setting.jobs, train_and_test, [(job, setting) for job in jobs])
+        work, runs = [], []
+        for i, (model, facts) in enumerate(train_all(jobs, setting)):
+            model.save_pretrained(Path(folder) / str(i))
+            work.append((Path(folder) / str(i), facts["task"], device, setting))
+            runs.append(facts)
+            if keep is not None and facts["seed"] == 0:
+                model.save_pretrained(Path(keep) / f"{facts['task']}-{facts['kind']}")
+        for facts, figures in zip(runs, beside(setting.jobs, test_model, work), strict=True):
+            facts["test"] = figures
     return {"instances_seconds": seconds, "tried": tried, "runs": runs}
 
 
@@ -316,6 +384,7 @@ def main():
     parser.add_argument("--tasks", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--output", type=Path, help="where the record goes, or the picture with --plot")
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help="keeps the models of the first seed there")
     parser.add_argument("--plot", type=Path, metavar="RECORD", help="only draw a record that is there already")
     arguments = parser.parse_args()
     if arguments.plot:
@@ -324,7 +393,7 @@ def main():
         return
     kind = torch.device(arguments.device).type
     setting = FAST if arguments.fast else GPU if kind == "cuda" else CPU
-    found = run_all(arguments.tasks, setting, arguments.device)
+    found = run_all(arguments.tasks, setting, arguments.device, arguments.models)
     found["acceptance"] = acceptance(found["runs"], arguments.tasks)
     print(json.dumps(found["acceptance"], indent=1), flush=True)
     if not arguments.fast:

@@ -136,7 +136,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--out", default=None)
     options = parser.parse_args()
-    bench = Benchmark("state_control", device=options.device, rounds=6 if options.device == "cuda" else 20, threads=options.threads)
+    bench = Benchmark("state_control", device=options.device, rounds=20, threads=options.threads)
     table = {}
     for shape in [FAST] if options.fast else SHAPES[options.device]:
         table[str(list(shape))] = prefill(bench, shape, options.device)
