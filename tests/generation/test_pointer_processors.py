@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -237,11 +238,11 @@ def test_a_mask_that_is_laid_out_for_beams_already_goes_with_points_that_are_not
     assert torch.equal(short, long)
 
 
-def test_scores_keep_dtype_and_values():
-    scores = torch.randn(1, 5).bfloat16()
+def test_scores_keep_dtype_and_order():
+    scores = torch.tensor([[0.0, 0.0, 2.0, 1.0, 0.0]]).bfloat16()
     out = TriangleLogitsProcessor(torch.ones(1, 4))(torch.tensor([[0, 1]]), scores)
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out[0, 2:4], scores[0, 2:4])  # 2 or 3: a third id must follow
+    torch.testing.assert_close(out[0, 2:4], scores[0, 2:4].log_softmax(0))  # 2 or 3: a third id must follow
     assert out[0, [0, 1, 4]].isneginf().all()
 
 
@@ -341,11 +342,23 @@ def test_enough_beams_find_the_best_tour(model):
     orders = torch.tensor([[1, *rest, 0] for rest in itertools.permutations([2, 3, 4])])
     with torch.no_grad():
         logits = model(points.expand(6, -1, -1), labels=orders).logits
-    # beams add up log-probabilities over all ids, taken before the rules forbid some of them
+    used = torch.nn.functional.one_hot(orders, 5).cumsum(1).roll(1, 1).bool()
+    used[:, 0] = False
+    used[:, :, 0] = torch.arange(5) < 4  # back only when all are visited
+    logits = logits.masked_fill(used, -torch.inf)
     totals = logits.log_softmax(-1).gather(2, orders.unsqueeze(-1)).sum((1, 2))
     assert totals.topk(2).values.diff().abs() > 1e-3
     found = generate_pointers(model, points, task="tour", num_beams=6, length_penalty=0.0)
     assert found[0, 1:].tolist() == orders[totals.argmax()].tolist()
+
+
+def test_scores_come_back_as_log_probabilities_of_what_is_left():
+    processor = pointer_processors("permutation", torch.zeros(1, 3, 2))[0]
+    scores = torch.tensor([[5.0, 9.0, 1.0, 1.0 + math.log(3)]])
+    got = processor(torch.tensor([[0, 1]]), scores)
+    assert got.exp()[0].tolist() == pytest.approx([0.0, 0.0, 0.25, 0.75])
+    nothing = torch.full((1, 4), -torch.inf)
+    assert torch.equal(processor(torch.tensor([[0, 1]]), nothing), nothing)
 
 
 def test_the_task_is_read_from_the_generation_config(model):

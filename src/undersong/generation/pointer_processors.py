@@ -29,7 +29,8 @@ class PointerLogitsProcessor(LogitsProcessor):
         attention_mask: `[batch, n]`, 1 for items. `generate()` hands over several rows for each of them with beams or
             `num_return_sequences`; the number is read off the scores.
 
-    A row that has ended gets 0 and nothing else. A row that broke the rules already (a beam of score -inf) may end.
+    Scores come back as log-probabilities among the ids that are left. A row that has ended gets 0 and nothing else. A
+    row that broke the rules already (a beam of score -inf) may end.
 
     Raises:
         ValueError: a mask that is not `[batch, n]` or a row without items; when called, scores of another shape.
@@ -58,7 +59,10 @@ class PointerLogitsProcessor(LogitsProcessor):
         allowed = self.allowed(chosen, torch.nn.functional.pad(self.expand(self.valid, chosen), (1, 0)))
         allowed &= (chosen != 0).all(1, keepdim=True)
         allowed[:, 0] |= ~allowed.any(1)
-        return scores.masked_fill(~allowed, -float("inf"))
+        scores = scores.masked_fill(~allowed, -float("inf"))
+        # Beams add up what comes back: a path must not lose what the model gave to ids that the rules leave out.
+        total = scores.logsumexp(-1, keepdim=True)
+        return scores - total.masked_fill(~total.isfinite(), 0.0)
 
     @staticmethod
     def expand(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
