@@ -11,7 +11,6 @@ from undersong.ops import (
     fused_typical_sample,
     top_p_mask,
     typical_mask,
-    vocabulary_mask,
 )
 
 from .filter_oracle import INF, chi2_p_value, definition, make_logits
