@@ -340,6 +340,7 @@ def test_what_was_loaded_as_remote_code_exports_again(toy, tmp_path, monkeypatch
 
 AAREN = registry.ARCHITECTURES["aaren"]
 AAREN_CLOSURE = {
+    "aaren_layers.py",
     "cache.py",
     "compat.py",
     "configuration_aaren.py",

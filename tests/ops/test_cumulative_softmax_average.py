@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from undersong.ops import available_backends, cumulative_softmax_average
+from undersong.ops.cumulative_softmax_average import _prefixes
 
 BACKENDS = [b for b in available_backends("cumulative_softmax_average") if b != "reference"]
 CASES = ["plain", "state", "left", "right", "middle", "state middle", "all masked", "packed", "packed state"]
@@ -183,6 +184,32 @@ def test_any_split_chained_by_its_states_equals_the_whole(cuts):
     torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=0, atol=1e-5)
     for x, y in zip(state, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), empty=st.sets(st.integers(0, 2)))
+def test_joining_states_is_associative_and_the_empty_state_is_neutral(seed, empty):
+    """(m, u, w) as elements of a scan: (A B) C = A (B C), whichever of them are empty."""
+    generator = torch.Generator().manual_seed(seed)
+    m = torch.rand(1, 1, 3, generator=generator, dtype=torch.float64) * 160 - 80
+    u = torch.rand(1, 1, 3, generator=generator, dtype=torch.float64) + 0.1
+    w = torch.randn(1, 1, 3, 2, generator=generator, dtype=torch.float64)
+    for index in empty:
+        m[..., index], u[..., index], w[..., index, :] = -math.inf, 0.0, 0.0
+
+    def join(*states):
+        """One state out of several, `[1, 1, 1(, dim)]` each."""
+        return tuple(x[:, :, -1:] for x in _prefixes(*(torch.cat(parts, 2) for parts in zip(*states, strict=True))))
+
+    a, b, c = (tuple(x[:, :, i : i + 1] for x in (m, u, w)) for i in range(3))
+    want = join(a, b, c)
+    for got in (join(join(a, b), c), join(a, join(b, c))):
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-300)
+    nothing = (torch.full_like(m[:, :, :1], -math.inf), torch.zeros_like(u[:, :, :1]), torch.zeros_like(w[:, :, :1]))
+    for got in (join(nothing, a), join(a, nothing)):
+        for x, y in zip(got, a, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
 
 
 @settings(max_examples=15, deadline=None)

@@ -8,7 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 @strict
 class AarenConfig(PreTrainedConfig):
-    """Configuration of every Aaren model: language, sequence classification, time series.
+    """Configuration of every Aaren model: language, sequence classification, time series, events.
 
     Args:
         vocab_size: number of tokens (text models).
@@ -22,10 +22,17 @@ class AarenConfig(PreTrainedConfig):
         max_position_embeddings: size of the learned position table.
         initializer_range: standard deviation of all initial weights, the learned queries included.
         input_size: channels of a time series (series heads).
+        prediction_length: steps that `AarenForPrediction` forecasts; it needs one.
+        scaling: how `AarenForPrediction` normalises every channel of every series it sees: "std" (zero mean, unit
+            variance), "mean" (unit mean of the absolute values) or None (not at all).
+        num_event_types: kinds of events (`AarenForEventForecasting`).
+        num_mixtures: log-normal components of the density of the time to the next event.
+        log_gap_mean, log_gap_std: mean and standard deviation of the logarithm of the times between events in the
+            training data, by which they are standardised; exp(log_gap_mean) is also the unit of time of the positions.
         num_labels: classes (classification heads).
 
     Raises:
-        ValueError: heads that do not divide the hidden size.
+        ValueError: heads that do not divide the hidden size; lengths, counts or deviations that are not positive.
 
     >>> AarenConfig(hidden_size=64, num_attention_heads=4).intermediate_size
     256
@@ -60,6 +67,12 @@ class AarenConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     input_size: int = 1
+    prediction_length: int | None = None
+    scaling: Literal["mean", "std"] | None = "std"
+    num_event_types: int = 1
+    num_mixtures: int = 64
+    log_gap_mean: float = 0.0
+    log_gap_std: float = 1.0
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -84,6 +97,10 @@ class AarenConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be even for sinusoidal positions; use another hidden_size or"
                 " position_embedding_type='learned'."
             )
+        for name in ("prediction_length", "num_event_types", "num_mixtures", "log_gap_std"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} ({value}) must be positive; use {name}=1.")
 
     @property
     def layer_types(self):

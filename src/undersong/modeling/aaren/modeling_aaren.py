@@ -1,18 +1,13 @@
 """Aaren: attention with one learned query per layer, computed as a many-to-many RNN (arXiv 2405.13956, section 3).
 
-A layer is a Transformer encoder layer whose query is a parameter. Its attention over every prefix is then the running
-softmax average o_t = sum_{i<=t} e^{s_i} v_i / sum_{i<=t} e^{s_i} with s_i = q . k_i / sqrt(head_dim), whose state is
-(m, u, w): the maximum score, the sum of weights and the weighted sum of values. It has a fixed size and one update
-costs O(1), while training sees the whole sequence at once.
+The stack of layers, and its heads for text and for series that are classified. The state has a fixed size and one
+update costs O(1), while training sees the whole sequence at once.
 """
-
-import math
 
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -24,123 +19,10 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..._compat import use_kernel_forward_from_hub
-from ...ops.cumulative_softmax_average import cumulative_softmax_average
+from ..aaren_layers import AarenAttention, AarenLayer, AarenPositionEmbedding
 from ..cache import RecurrentGenerationMixin, continue_cache, count_tokens
 from ..sequences import find_packing, local_mask, positions_of
 from .configuration_aaren import AarenConfig
-
-
-@use_kernel_forward_from_hub("CumulativeSoftmaxAverage")
-class CumulativeSoftmaxAverage(nn.Module):
-    """The op as a module, so that `undersong.kernelize` and `use_kernels=True` can swap its forward."""
-
-    def forward(self, s, v, initial_state=None, mask=None, cu_seqlens=None, return_final_state=False):
-        return cumulative_softmax_average(
-            s,
-            v,
-            initial_state=initial_state,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            return_final_state=return_final_state,
-        )
-
-
-class AarenAttention(nn.Module):
-    """Attention of a learned query over every prefix."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.query_token = nn.Parameter(torch.empty(config.hidden_size))
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.average = CumulativeSoftmaxAverage()
-
-    def forward(self, hidden_states, mask=None, packing=None, past_key_values=None):
-        per_head = (-1, self.head_dim)
-        # as a batch of one row, so that adapters on q_proj see the shape they expect
-        query = self.q_proj(self.query_token[None])[0].unflatten(-1, per_head)  # [heads, head_dim]
-        keys = self.k_proj(hidden_states).unflatten(-1, per_head)  # [batch, length, heads, head_dim]
-        values = self.v_proj(hidden_states).unflatten(-1, per_head)
-        wide = torch.promote_types(keys.dtype, torch.float32)
-        scores = torch.einsum("bthd,hd->bth", keys.to(wide), query.to(wide)) / math.sqrt(self.head_dim)
-
-        if packing is not None:
-            output = self.average(packing.pack(scores), packing.pack(values), cu_seqlens=packing.cu_seqlens)
-            output = packing.unpack(output, scores.shape[:2])
-        elif past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx]
-            output, (m, u, w) = self.average(
-                scores, values, initial_state=layer.read("m", "u", "w"), mask=mask, return_final_state=True
-            )
-            layer.write(m=m, u=u, w=w)
-        else:
-            output = self.average(scores, values, mask=mask)
-        return self.o_proj(output.flatten(2))
-
-
-class AarenMLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states):
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class AarenLayer(GradientCheckpointingLayer):
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.norm_first = config.norm_first
-        self.self_attn = AarenAttention(config, layer_idx)
-        self.mlp = AarenMLP(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states, mask=None, packing=None, past_key_values=None):
-        context = {"mask": mask, "packing": packing, "past_key_values": past_key_values}
-        if self.norm_first:
-            attended = self.self_attn(self.attention_norm(hidden_states), **context)
-            hidden_states = hidden_states + self.dropout(attended)
-            return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-        hidden_states = self.attention_norm(hidden_states + self.dropout(self.self_attn(hidden_states, **context)))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
-
-
-class AarenPositionEmbedding(nn.Module):
-    """Positions as sines and cosines of geometric frequencies, computed for any length, or as a learned table."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        if config.position_embedding_type == "learned":
-            self.embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-
-    def forward(self, position_ids, dtype):
-        if self.config.position_embedding_type == "learned":
-            if position_ids.device.type == "cpu" and position_ids.numel() and not torch.compiler.is_compiling():
-                last = int(position_ids.max())
-                if last >= self.config.max_position_embeddings:
-                    raise ValueError(
-                        f"position {last} is beyond max_position_embeddings ({self.config.max_position_embeddings});"
-                        " shorten the input or use position_embedding_type='sinusoidal', which has no limit."
-                    )
-            return self.embedding(position_ids)
-        half = self.config.hidden_size // 2
-        frequency = torch.exp(
-            torch.arange(half, device=position_ids.device, dtype=torch.float32) * (-math.log(10000.0) / half)
-        )
-        angle = position_ids.unsqueeze(-1).float() * frequency
-        # scaled to the spread of freshly initialised token embeddings, so that neither drowns the other
-        scale = math.sqrt(2.0) * self.config.initializer_range
-        return (torch.cat([angle.sin(), angle.cos()], dim=-1) * scale).to(dtype)
 
 
 class AarenPreTrainedModel(PreTrainedModel):
@@ -153,6 +35,7 @@ class AarenPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _supports_context_parallel = False
     _can_record_outputs = {"hidden_states": AarenLayer}
+    stream_width = 0  # numbers a head carries from update to update beside the layers' states
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -190,6 +73,10 @@ class AarenModel(AarenPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_first else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def stream(self, cache, carry, inputs_embeds):
+        """Continues a stream: `[batch, n, hidden_size]` embeddings; see `AarenStream`."""
+        return self(inputs_embeds=inputs_embeds, past_key_values=cache).last_hidden_state, carry
 
     @merge_with_config_defaults
     @capture_outputs
@@ -254,6 +141,10 @@ class AarenForCausalLM(AarenPreTrainedModel, RecurrentGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def stream(self, cache, carry, input_ids):
+        """Continues a stream: `[batch, n]` token ids, logits after every one; see `AarenStream`."""
+        return self(input_ids, past_key_values=cache).logits, carry
+
     @can_return_tuple
     def forward(
         self,
@@ -300,6 +191,31 @@ class AarenForSequenceClassification(GenericForSequenceClassification, AarenPreT
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    def stream(self, cache, carry, input_ids):
+        """Continues a stream: `[batch, n]` token ids, logits after every one; see `AarenStream`."""
+        return self.score(self.model(input_ids, past_key_values=cache).last_hidden_state), carry
+
+
+def observed_values(config, past_values, past_observed_mask, attention_mask):
+    """Which values of a series count: `[batch, length, input_size]` bool, or None when all do.
+
+    Args:
+        past_observed_mask: like `past_values`, 0 where a value is missing, or None.
+        attention_mask: `[batch, length]`, 0 for padded steps, or None.
+
+    Raises:
+        ValueError: `past_values` is not `[batch, length, input_size]`.
+    """
+    if past_values.ndim != 3 or past_values.shape[-1] != config.input_size:
+        raise ValueError(
+            f"past_values has shape {tuple(past_values.shape)} but the model takes [batch, length, input_size="
+            f"{config.input_size}]; add or select channels, or set input_size."
+        )
+    if attention_mask is None:
+        return None if past_observed_mask is None else past_observed_mask.bool()
+    valid = attention_mask.bool().unsqueeze(-1).expand(past_values.shape)
+    return valid if past_observed_mask is None else valid & past_observed_mask.bool()
+
 
 class AarenForTimeSeriesClassification(AarenPreTrainedModel):
     """Classifies a multivariate time series: one step is one token, the valid steps are averaged, a linear head reads.
@@ -326,7 +242,17 @@ class AarenForTimeSeriesClassification(AarenPreTrainedModel):
         self.model = AarenModel(config, add_token_embeddings=False)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.loss_type = "ForSequenceClassification"  # transformers infers it from class names it knows
+        self.stream_width = config.hidden_size  # the sum of what is averaged
         self.post_init()
+
+    def stream(self, cache, carry, past_values):
+        """Continues a stream: `[batch, n, input_size]`, logits of the series so far; see `AarenStream`."""
+        embeds = self.value_projection(past_values)
+        hidden_states = self.model(inputs_embeds=embeds, past_key_values=cache).last_hidden_state
+        sums = carry.unsqueeze(1) + hidden_states.cumsum(1)
+        before = cache.layers[0].valid_tokens.unsqueeze(1) - past_values.shape[1]
+        counts = before + torch.arange(1, past_values.shape[1] + 1, device=before.device)
+        return self.score((sums / counts.unsqueeze(-1)).to(hidden_states.dtype)), sums[:, -1]
 
     @can_return_tuple
     def forward(
@@ -338,15 +264,9 @@ class AarenForTimeSeriesClassification(AarenPreTrainedModel):
         target_values: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
-        if past_values.ndim != 3 or past_values.shape[-1] != self.config.input_size:
-            raise ValueError(
-                f"past_values has shape {tuple(past_values.shape)} but the model takes [batch, length, input_size="
-                f"{self.config.input_size}]; add or select channels, or set input_size."
-            )
-        if past_observed_mask is not None:
-            past_values = past_values.masked_fill(~past_observed_mask.bool(), 0.0)
-            observed = past_observed_mask.bool().any(-1)
-            attention_mask = observed if attention_mask is None else attention_mask.bool() & observed
+        observed = observed_values(self.config, past_values, past_observed_mask, attention_mask)
+        if observed is not None:
+            past_values, attention_mask = past_values.masked_fill(~observed, 0.0), observed.any(-1)
         kwargs["use_cache"] = False
         outputs = self.model(inputs_embeds=self.value_projection(past_values), attention_mask=attention_mask, **kwargs)
         hidden_states = outputs.last_hidden_state
@@ -367,4 +287,5 @@ __all__ = [
     "AarenForTimeSeriesClassification",
     "AarenModel",
     "AarenPreTrainedModel",
+    "observed_values",
 ]
