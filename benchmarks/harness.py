@@ -38,8 +38,13 @@ import undersong  # noqa: E402
 
 MIN_ROUNDS = 20
 _PLACES = (
+    "--data",
+    "--models",
     "--out",
     "--output",
+    "--peer",
+    "--recbole",
+    "--retest",
     "--texts",
     "--write-checkpoints",
 )  # where files go does not change a figure, and is nobody else's business

@@ -1,4 +1,4 @@
-"""The command line: `undersong list | export | publish | doctor | demo | generate`.
+"""The command line: `undersong list | export | publish | doctor | demo | generate | recommend`.
 
 A user's mistake is one line on stderr and exit code 1 (2 for a wrong command line); a traceback is a bug of ours.
 """
@@ -163,6 +163,51 @@ def generate(
     result = run(loaded, tokenizer, messages if chat else text, config, streamer=streamer, **arguments)
     if streamer is None:  # beams are known when they are complete
         typer.echo(result if isinstance(result, str) else "\n---\n".join(result))
+
+
+@app.command()
+def recommend(
+    interactions: Annotated[
+        Path, typer.Argument(help="A .csv or .tsv with a header, a RecBole .inter, or a .txt with `user item` a line.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the model and its report.")],
+    items: Annotated[Path | None, typer.Option(help="A table or RecBole .item with the items' titles.")] = None,
+    model: Annotated[str, typer.Option(help="bert4rec, gsasrec or sasrec.")] = "bert4rec",
+    user: Annotated[str | None, typer.Option(help="Name of the users' column.")] = None,
+    item: Annotated[str | None, typer.Option(help="Name of the items' column.")] = None,
+    time: Annotated[str | None, typer.Option(help="Name of the time column; without one, the file's order.")] = None,
+    title: Annotated[str | None, typer.Option(help="Name of the titles' column of --items.")] = None,
+    min_count: Annotated[int, typer.Option(min=1, help="Leave out users and items with fewer interactions.")] = 1,
+    epochs: Annotated[int, typer.Option(min=1, help="At most so many.")] = 400,
+    patience: Annotated[int, typer.Option(min=1, help="Evaluations without progress that end the training.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 64,
+    max_length: Annotated[int, typer.Option(min=2, help="Items of a history that the model reads.")] = 100,
+    k: Annotated[int, typer.Option(min=1, help="Recommendations a user in the report.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu; by default a GPU if there is one.")] = None,
+):
+    """Train a recommender on a file of interactions, test it by full ranking, and save it with a report."""
+    from undersong.data.interactions import Interactions
+
+    data = Interactions.read(interactions, items, user=user, item=item, time=time, title=title)
+    data = data.core(min_count) if min_count > 1 else data
+    from undersong.training.recommend_run import recommend_run
+
+    recommend_run(
+        data,
+        output,
+        model,
+        k=k,
+        config={"hidden_size": hidden_size, "max_position_embeddings": max_length},
+        max_epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        device=device,
+    )
 
 
 def _prompt(prompt, file):

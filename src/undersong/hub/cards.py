@@ -27,6 +27,7 @@ _HEADS = {
     "AutoModelForCausalLM": _Head(
         "text-generation", _IDS, "print(model.generate(**inputs, max_new_tokens=8, do_sample=False))"
     ),
+    "AutoModelForMaskedLM": _Head("fill-mask", _IDS, "print(model(**inputs).logits.argmax(-1))"),
     "AutoModelForSeq2SeqLM": _Head(None, _IDS, "print(model.generate(**inputs, do_sample=False))"),
     "AutoModelForSequenceClassification": _Head(
         "text-classification", _IDS, "print(model(**inputs).logits.softmax(-1))"
@@ -37,6 +38,29 @@ _HEADS = {
         'inputs = {"past_values": torch.randn(1, 64, model.config.input_size)}  # [batch, length, channels]',
         "print(model(**inputs).logits.softmax(-1))",
         tag="time-series-classification",
+    ),
+    "AutoModelForTimeSeriesPrediction": _Head(
+        "time-series-forecasting",
+        'inputs = {"past_values": torch.randn(1, 64, model.config.input_size)}  # [batch, length, channels]',
+        "print(model(**inputs).prediction_outputs.shape)",
+    ),
+    "AutoModelForImageClassification": _Head(
+        "image-classification",
+        "size = model.config.image_size\n"
+        'inputs = {"pixel_values": torch.rand(1, model.config.num_channels, size, size)}',
+        "print(model(**inputs).logits.softmax(-1))",
+    ),
+    "AutoModelForSequentialRecommendation": _Head(
+        None,
+        "histories = torch.tensor([[3, 5, 8]])  # item ids, oldest first; lists of lists hold external ids",
+        "print(model.recommend(histories, k=5).item_ids)",
+        tag="sequential-recommendation",
+    ),
+    "EventForecasting": _Head(
+        None,
+        'inputs = {"event_times": torch.tensor([[0.0, 0.7, 1.9]]), "event_types": torch.tensor([[0, 1, 0]])}',
+        "outputs = model(**inputs)\nprint(outputs.next_time_mean[:, -1], outputs.type_logits[:, -1].softmax(-1))",
+        tag="event-forecasting",
     ),
 }
 _TEXT = 'inputs = AutoTokenizer.from_pretrained("{model_id}"{trust})("The refrain", return_tensors="pt")'

@@ -24,6 +24,7 @@ __all__, __getattr__ = lazy_names(
         "hull.measures": ("hull_scores", "is_simple", "polygon_area", "same_polygon"),
         "mauve": ("mauve_score",),
         "passkey.measures": ("passkey_scores", "t_recall"),
+        "ranking.measures": ("rank_of", "ranking_scores"),
         "repetition.measures": ("rep_l", "rep_n", "rep_sen", "repetition_scores"),
         "sequence_order.measures": ("kendall_tau", "position_accuracy", "sequence_order_scores"),
         "set_match.measures": ("set_match_scores",),

@@ -112,24 +112,32 @@ def register_models(row):
 
     Of a type that transformers owns, only the heads that transformers lacks.
     """
-    for head, auto_class in _auto_classes(row):
+    for head, cls in _auto_classes(row):
         if not is_stock_head(row, head):
-            auto_class.register(row.config_class(), row.model_class(head), exist_ok=True)
+            cls.register(row.config_class(), row.model_class(head), exist_ok=True)
 
 
 def is_stock_head(row, head):
     """Whether transformers has a class of its own for this head of the row's type."""
+    cls = auto_class(head)
+    # its table of names by model type, which registrations do not change
+    return row.stock_owned and cls is not None and row.model_type in cls._model_mapping._model_mapping
+
+
+def auto_class(head):
+    """The Auto class of a name: transformers' own, ours where transformers has none, or None."""
     import transformers
 
-    auto_class = getattr(transformers, head, None)
-    # its table of names by model type, which registrations do not change
-    return row.stock_owned and auto_class is not None and row.model_type in auto_class._model_mapping._model_mapping
+    if head == "AutoModelForSequentialRecommendation" and not hasattr(transformers, head):
+        from ..modeling.auto_recommendation import AutoModelForSequentialRecommendation
+
+        return AutoModelForSequentialRecommendation
+    return getattr(transformers, head, None)
 
 
 def _auto_classes(row):
-    import transformers
-
-    return [(head, getattr(transformers, head)) for head in row.models if hasattr(transformers, head)]
+    found = ((head, auto_class(head)) for head in row.models)
+    return [(head, cls) for head, cls in found if cls is not None]
 
 
 class Override:
@@ -138,11 +146,11 @@ class Override:
     def __init__(self, rows):
         self._replaced = []
         for row in rows:
-            for head, auto_class in _auto_classes(row):
+            for head, cls in _auto_classes(row):
                 if is_stock_head(row, head):
-                    table = auto_class._model_mapping._extra_content  # what register() fills, asked first
+                    table = cls._model_mapping._extra_content  # what register() fills, asked first
                     self._replaced.append((table, row.config_class(), table.get(row.config_class())))
-                    auto_class.register(row.config_class(), row.model_class(head), exist_ok=True)
+                    cls.register(row.config_class(), row.model_class(head), exist_ok=True)
 
     def __call__(self):
         """Gives the heads back to whom they belonged; a second call does nothing."""

@@ -10,6 +10,7 @@ __all__, __getattr__ = lazy_names(
     {
         "ditto": ("DittoLoss", "DittoTrainer", "DittoTrainerMixin"),
         "ditto_data": ("DittoDataCollator", "sentence_end_ids"),
+        "full_rank_eval": ("FullRankEval", "full_ranks"),
         "mamba": (
             "MambaTrainer",
             "MambaTrainerMixin",
@@ -19,10 +20,21 @@ __all__, __getattr__ = lazy_names(
             "save_state_tuning",
         ),
         "order_search": ("OrderSearchLoss", "OrderSearchTrainer", "OrderSearchTrainerMixin"),
+        "recformer_data": ("DataCollatorForRecformerFinetuning", "DataCollatorForRecformerPretraining"),
+        "recommend_run": ("recommend_run",),
+        "recommendation_data": ("DataCollatorForCloze", "DataCollatorForNextItem"),
+        "recommenders": (
+            "TrainedRecommender",
+            "build_recommender",
+            "popularity_ranks",
+            "sampled_ranks",
+            "train_recommender",
+        ),
         "router_stats": ("RouterStatsCallback", "plot_router_stats"),
         "segment_orders": ("RandomSegments", "SortedSegments"),
         "state_passing": ("StatePassingTrainer", "StatePassingTrainerMixin"),
         "streaming_documents": ("DocumentStreamSampler", "DocumentWindows", "StreamingDocumentCollator"),
+        "two_stage": ("TwoStageCallback",),
         "state_spaces": ("StateSpaceTrainer", "StateSpaceTrainerMixin", "state_space_groups"),
     },
 )

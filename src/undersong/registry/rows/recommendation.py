@@ -2,4 +2,116 @@
 
 from ..architecture import Architecture
 
-ROWS: list[Architecture] = []
+_BERT4REC = "undersong.modeling.bert4rec.modeling_bert4rec"
+_GSASREC = "undersong.modeling.gsasrec.modeling_gsasrec"
+_RECFORMER = "undersong.modeling.recformer.modeling_recformer"
+ROWS = [
+    Architecture(
+        model_type="bert4rec",
+        config="undersong.modeling.bert4rec.configuration_bert4rec:SequentialRecConfig",
+        models={
+            "AutoModel": f"{_BERT4REC}:SequentialRecModel",
+            "AutoModelForSequentialRecommendation": f"{_BERT4REC}:BertForSequentialRecommendation",
+        },
+        title="BERT4Rec",
+        summary="Ranks a catalogue for the next item of a history, by filling in the mask behind it.",
+        paper="BERT4Rec: Sequential Recommendation with Bidirectional Encoder Representations from Transformer",
+        arxiv="1904.06690",
+        citation="""@inproceedings{sun2019bert4rec,
+  title     = {{BERT4Rec}: Sequential Recommendation with Bidirectional Encoder Representations from Transformer},
+  author    = {Sun, Fei and Liu, Jun and Wu, Jian and Pei, Changhua and Lin, Xiao and Ou, Wenwu and Jiang, Peng},
+  booktitle = {Conference on Information and Knowledge Management (CIKM)},
+  year      = {2019}
+}""",
+        lora_targets=("query", "key", "value", "dense"),
+        feedforward_targets=("dense",),
+        modalities=("items",),
+        causal=False,
+        recurrent=False,
+        has_cache=False,
+        tiny={
+            "num_items": 97,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
+    Architecture(
+        model_type="gsasrec",
+        config="undersong.modeling.gsasrec.configuration_gsasrec:GSASRecConfig",
+        models={
+            "AutoModel": f"{_GSASREC}:GSASRecModel",
+            "AutoModelForSequentialRecommendation": f"{_GSASREC}:GSASRecForSequentialRecommendation",
+        },
+        title="gSASRec",
+        summary="Ranks a catalogue for the next item, causally; its loss undoes what negative sampling distorts.",
+        paper="gSASRec: Reducing Overconfidence in Sequential Recommendation Trained with Negative Sampling",
+        arxiv="2308.07192",
+        citation="""@inproceedings{petrov2023gsasrec,
+  title     = {{gSASRec}: Reducing Overconfidence in Sequential Recommendation Trained with Negative Sampling},
+  author    = {Petrov, Aleksandr Vladimirovich and Macdonald, Craig},
+  booktitle = {ACM Conference on Recommender Systems (RecSys)},
+  year      = {2023}
+}""",
+        lora_targets=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+        feedforward_targets=("down_proj",),
+        modalities=("items",),
+        recurrent=False,
+        has_cache=False,
+        tiny={
+            "num_items": 97,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "max_position_embeddings": 64,
+            "loss_type": "ce",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
+    Architecture(
+        model_type="recformer",
+        config="undersong.modeling.recformer.configuration_recformer:RecformerConfig",
+        models={
+            "AutoModel": f"{_RECFORMER}:RecformerModel",
+            "AutoModelForPreTraining": f"{_RECFORMER}_heads:RecformerForPreTraining",
+            "AutoModelForSequentialRecommendation": f"{_RECFORMER}_heads:RecformerForSequentialRecommendation",
+        },
+        title="Recformer",
+        summary="Ranks a catalogue for the next item of a history, from item texts alone; new items need no ids.",
+        paper="Text Is All You Need: Learning Language Representations for Sequential Recommendation",
+        arxiv="2305.13731",
+        citation="""@inproceedings{li2023recformer,
+  title     = {Text Is All You Need: Learning Language Representations for Sequential Recommendation},
+  author    = {Li, Jiacheng and Wang, Ming and Li, Jin and Fu, Jinmiao and Shen, Xin and Shang, Jingbo and McAuley, Julian},
+  booktitle = {ACM SIGKDD Conference on Knowledge Discovery and Data Mining (KDD)},
+  year      = {2023}
+}""",  # noqa: E501
+        lora_targets=("query", "value", "query_global", "value_global"),
+        causal=False,
+        recurrent=False,
+        has_cache=False,
+        tiny={
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "attention_window": 4,
+            "max_position_embeddings": 64,
+            "max_token_num": 60,
+            "max_item_embeddings": 9,
+            "max_attr_num": 2,
+            "max_attr_length": 4,
+            "num_items": 23,
+            "pooler_type": "avg",
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    ),
+]
