@@ -62,7 +62,7 @@ def test_sizes_beyond_training_are_tested_where_the_model_has_words_for_them(fou
     sizes = {(run["task"], run["kind"]): [int(n) for n in run["test"]] for run in found["runs"]}
     assert sizes["hull", "blend"] == [5, 6, 7, 8, 9, 10]
     assert 20 in sizes["hull", "lstm"]
-    assert max(sizes["tour", "transformer"]) == 12
+    assert max(sizes["tour", "transformer"]) == 20
     for run in found["runs"]:
         if run["task"] == "tour":
             for figures in run["test"].values():

@@ -330,6 +330,8 @@ def test_what_was_loaded_as_remote_code_exports_again(toy, tmp_path, monkeypatch
     first = export(package.model(), tmp_path / "first")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another test, with another folder
     loaded = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
     again = export(loaded, tmp_path / "second")
     names = {path.name for path in first.iterdir()}

@@ -155,7 +155,7 @@ def test_the_operator_is_registered_soundly(kernel, case):
     named = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "state")]
     named = [x if x is None else x.nan_to_num().requires_grad_() for x in named]
     arguments = (*named, options.get("mask"), options.get("cu_seqlens"), True, 0.0, INF)
-    torch.library.opcheck(kernel.OPERATORS.ssd_forward.default, arguments)
+    torch.library.opcheck(kernel._operator.operator.default, arguments)
 
 
 def test_float64_is_refused():

@@ -87,8 +87,8 @@ class PermutationLogitsProcessor(PointerLogitsProcessor):
         start_at_first: the first item comes first, as in a tour's label; a cycle loses nothing by it.
 
     >>> processor = PermutationLogitsProcessor(torch.tensor([[1, 1, 1, 0]]))
-    >>> processor(torch.tensor([[0, 2]]), torch.zeros(1, 5))
-    tensor([[-inf, 0., -inf, 0., -inf]])
+    >>> processor(torch.tensor([[0, 2]]), torch.zeros(1, 5)).exp()
+    tensor([[0.0000, 0.5000, 0.0000, 0.5000, 0.0000]])
     """
 
     def __init__(self, attention_mask: torch.Tensor, *, start_at_first: bool = False):
@@ -118,8 +118,8 @@ class HullLogitsProcessor(PointerLogitsProcessor):
 
     >>> square = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]])
     >>> processor = HullLogitsProcessor(torch.ones(1, 4), square, strict_geometry=True)
-    >>> processor(torch.tensor([[0, 1, 2, 3]]), torch.zeros(1, 5))  # close, or the last corner
-    tensor([[-inf, 0., -inf, -inf, 0.]])
+    >>> processor(torch.tensor([[0, 1, 2, 3]]), torch.zeros(1, 5)).exp()  # close, or the last corner
+    tensor([[0.0000, 0.5000, 0.0000, 0.0000, 0.5000]])
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class TriangleLogitsProcessor(PointerLogitsProcessor):
         attention_mask: `[batch, n]`, 1 for points.
 
     >>> processor = TriangleLogitsProcessor(torch.ones(1, 4))
-    >>> processor(torch.tensor([[0, 1, 2, 4, 1, 2]]), torch.zeros(1, 5))  # 1 2 4 there is already
-    tensor([[-inf, -inf, -inf, 0., -inf]])
+    >>> processor(torch.tensor([[0, 1, 2, 4, 1, 2]]), torch.zeros(1, 5)).exp()  # 1 2 4 there is already
+    tensor([[0., 0., 0., 1., 0.]])
     """
 
     def allowed(self, chosen, valid):
@@ -224,8 +224,8 @@ def pointer_processors(
         ValueError: an unknown task, neither items nor mask, or `strict_geometry` for another task than "hull".
 
     >>> processors = pointer_processors("tour", torch.rand(1, 3, 2))
-    >>> processors(torch.tensor([[0, 1]]), torch.zeros(1, 4))
-    tensor([[-inf, -inf, 0., 0.]])
+    >>> processors(torch.tensor([[0, 1]]), torch.zeros(1, 4)).exp()
+    tensor([[0.0000, 0.0000, 0.5000, 0.5000]])
     """
     if task not in TASKS:
         raise ValueError(f"task ({task!r}) must be one of {', '.join(TASKS)}.")

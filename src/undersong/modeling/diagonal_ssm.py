@@ -23,12 +23,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import continue_cache, count_tokens
+from .precision import wide
 from .sequences import find_packing, is_all_valid, local_mask
-
-
-def wide(tensor):
-    """In float32, or in float64 if it is that already: what dynamics and states are computed in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def as_complex(pairs):
@@ -334,5 +330,4 @@ __all__ = [
     "DiagonalPreTrainedModel",
     "DiagonalTimeSeriesClassifier",
     "as_complex",
-    "wide",
 ]

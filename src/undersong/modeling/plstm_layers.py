@@ -12,13 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .precision import wide
+
 STEEPNESS = 5.0  # of tanh in transitions: a bias of 1 makes them 0.9999
 SERIES_TERMS = 16
-
-
-def wide(tensor):
-    """In float32, or in float64 if it is that already."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class BlockLinear(nn.Linear):
@@ -214,5 +211,4 @@ __all__ = [
     "Transition",
     "exponential_series",
     "small_init_",
-    "wide",
 ]

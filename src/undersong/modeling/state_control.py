@@ -18,8 +18,9 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Model
 
 from ..ops.ssd_control import THRESHOLD_STATE, WINDOW_STATE, controlled_ssd
 from .borrow_mamba import give_back, make_fast, matrix_mixers
+from .precision import wide
 from .state_control_config import RESCALE, StateControlConfig
-from .state_space import may_write, wide
+from .state_space import may_write
 
 _STORED = "state_control"  # the entry of a generation config
 _MISSING = object()

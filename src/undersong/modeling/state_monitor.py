@@ -17,7 +17,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Model
 
 from ..ops._ssd_chunks import step_sizes
 from .borrow_mamba import give_back, make_fast, matrix_mixers
-from .state_space import wide
+from .precision import wide
 
 SENTENCE = "The river runs past the old mill and on to the sea."
 FACTOR = 2.0  # how far a norm may exceed what it was within the training length

@@ -18,6 +18,7 @@ from ..ops.causal_conv1d import causal_conv1d, causal_conv1d_update
 from ..ops.selective_scan import selective_scan
 from ..ops.selective_state_update import selective_state_update
 from ..ops.ssd import ssd
+from .precision import wide
 
 
 @use_kernel_forward_from_hub("CausalConv1d")
@@ -172,11 +173,6 @@ def exchange_linear(module, ours, *names):
             exchange_class(getattr(module, name), ours)
 
 
-def wide(tensor):
-    """In float32, or in float64 if it is that already: what norms, residuals and decays are computed in."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 class RMSNorm:
     """Root mean square norm of a wide residual stream, in the dtype of its weight."""
 
@@ -299,5 +295,4 @@ __all__ = [
     "exchange_class",
     "exchange_linear",
     "may_write",
-    "wide",
 ]

@@ -17,8 +17,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache import continue_cache, count_tokens
+from .precision import wide
 from .sequences import find_packing, is_all_valid, local_mask
-from .state_space import ThinLinear, exchange_class, exchange_linear, wide
+from .state_space import ThinLinear, exchange_class, exchange_linear
 
 # the Mamba authors' name for the token table -> transformers'
 _OLD_NAMES = {r"(^|\.)embedding\.weight$": r"\1embeddings.weight"}

@@ -58,8 +58,8 @@ def plstm2d(Q, K, V, S, T, M, D, *, mode="P", chirality="L", mask=None, chunk_si
 
     >>> one = torch.ones(1, 2, 3, 1, 1)  # every node writes 1; all of it reaches all nodes right of it and below
     >>> plstm2d(one, one, one, (one, one), (one, one), (one,), 0 * one[..., 0])[0, :, :, 0, 0]
-    tensor([[ 0.,  1.,  2.],
-            [ 1.,  4.,  8.]])
+    tensor([[0., 1., 2.],
+            [1., 4., 8.]])
     """
     _validate(Q, K, V, S, T, M, D, mode, chirality, mask, chunk_size, lowering, backend)
     if mask is not None:

@@ -24,7 +24,8 @@ from transformers.utils.output_capturing import capture_outputs
 from ..._compat import use_kernel_forward_from_hub
 from ...ops.plstm1d import plstm1d
 from ..cache import RecurrentGenerationMixin, continue_cache, count_tokens
-from ..plstm_layers import BlockLinear, Gate, MultiHeadRMSNorm, Transition, small_init_, wide
+from ..plstm_layers import BlockLinear, Gate, MultiHeadRMSNorm, Transition, small_init_
+from ..precision import wide
 from ..sequences import find_packing, is_all_valid, local_mask
 from ..state_space import CausalConv1d
 from .configuration_plstm import PLSTMConfig

@@ -20,7 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 from ...ops._validate import describe
 from ...ops.line_graph import line_graph, prepare_edges
 from ...ops.plstm_graph import plstm_graph
-from ..plstm_layers import MultiHeadRMSNorm, small_init_, wide
+from ..plstm_layers import MultiHeadRMSNorm, small_init_
+from ..precision import wide
 from .configuration_plstm_graph import PLSTMGraphConfig
 
 

@@ -20,7 +20,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..._compat import use_kernel_forward_from_hub
 from ...ops.plstm2d import plstm2d
-from ..plstm_layers import BlockLinear, Gate, MultiHeadRMSNorm, small_init_, wide
+from ..plstm_layers import BlockLinear, Gate, MultiHeadRMSNorm, small_init_
+from ..precision import wide
 from .configuration_plstm_vision import PLSTMVisionConfig
 
 ORIENTATION_SCALE = 0.5  # of what a patch adds to its direction, and per channel: the authors' 0.5 / hidden_size
