@@ -3,7 +3,7 @@
     python benchmarks/bench_arrow_pointing.py --device cuda --output benchmarks/results/arrow_pointing_cuda.json
     python benchmarks/bench_arrow_pointing.py --device cuda --write-checkpoint  # also hub_configs/plstm-arrow-pointing
     python benchmarks/bench_arrow_pointing.py --fast                             # small, writes nothing
-    python benchmarks/report_arrow_pointing.py                                   # curves and pictures, from the record
+    python benchmarks/bench_arrow_pointing.py --plot benchmarks/results/arrow_pointing_cuda.json
 
 The task of pLSTM (arXiv 2506.11997, section 5) at half its size: objects of half as many pixels, patches of 8, and the
 same objects on four times the area to extrapolate to. Both models are 96 wide with 4 layers and 3 heads; both see the
@@ -13,6 +13,7 @@ read once, at the end.
 """
 
 import argparse
+import json
 import math
 import shutil
 import statistics
@@ -209,6 +210,41 @@ def summary(chosen):
     }
 
 
+def plot(record, path):
+    """Draws the validation curves and accuracies of a record, and pictures of both sizes with the model's answers."""
+    import matplotlib.pyplot as plt
+
+    setting = Setting(**{k: v for k, v in record["setting"].items() if k != "steps"})
+    colors = {"plstm": "tab:blue", "vit": "tab:orange"}
+    figure = plt.figure(figsize=(12, 7.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 4))
+    curves, bars = above.subplots(1, 2)
+    for at, (kind, runs) in enumerate(choose(record["runs"]).items()):
+        for run in runs:
+            curves.plot(*zip(*((p["step"], p["validation"]) for p in run["curve"]), strict=True), color=colors[kind])
+        for split_at, split in enumerate(("test", "extrapolation")):
+            values = [run[split] for run in runs]
+            bars.bar(split_at + (at - 0.5) / 3, statistics.mean(values), 0.3, color=colors[kind], alpha=0.6)
+            bars.plot([split_at + (at - 0.5) / 3] * len(values), values, "k.")
+        curves.plot([], [], color=colors[kind], label=kind)
+    curves.set(xlabel="step", ylabel="validation accuracy")
+    curves.legend()
+    sides = {"test": setting.size, "extrapolation": 2 * setting.size}
+    bars.set(ylabel="accuracy", ylim=(0.4, 1), xticks=(0, 1), xticklabels=[f"{side} px" for side in sides.values()])
+    (shown,) = (run["shown"] for run in record["runs"] if run["name"] == record["shown"])
+    axes = below.subplots(2, 6)
+    for row, (split, side) in zip(axes, sides.items(), strict=True):
+        pictures, labels = draw(split, setting, 0, len(row))
+        for axis, picture, label, p in zip(row, pictures, labels, shown[split], strict=False):
+            axis.imshow(picture, cmap="gray")
+            answer = "points at it" if p > 0.5 else "misses"
+            color = "k" if (p > 0.5) == label else "r"
+            axis.set_title(f"{side} px: {answer} ({max(p, 1 - p):.2f})", fontsize=8, color=color)
+            axis.set(xticks=(), yticks=())
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def write_checkpoint(source, run, setting, facts):
     """The pLSTM with the best validation accuracy, its processor, and a card with figures of the files as they are."""
     model = PLSTMVisionForImageClassification.from_pretrained(source).eval()
@@ -246,8 +282,13 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=9, help="models that train beside each other")
     parser.add_argument("--write-checkpoint", action="store_true", help=f"write hub_configs/{FOLDER.name}")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write, or the picture with --plot")
+    parser.add_argument("--plot", type=Path, metavar="RECORD", help="only draw a record that is there already")
     arguments = parser.parse_args()
+    if arguments.plot:
+        record = json.loads(arguments.plot.read_text(encoding="utf-8"))
+        plot(record, arguments.output or arguments.plot.with_suffix(".png"))
+        return
     setting = FAST if arguments.fast else FULL
     seeds, jobs = (1, 1) if arguments.fast else (arguments.seeds, arguments.jobs)
     facts = harness.run_record("arrow pointing", arguments.device)
