@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from transformers import dynamic_module_utils
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 from undersong import registry
@@ -323,15 +324,28 @@ def test_reload_without_the_package_is_bit_equal(toy, tmp_path):
         assert facts[name]["dtype"] == str(model.dtype)
 
 
-def test_what_was_loaded_as_remote_code_exports_again(toy, tmp_path, monkeypatch):
+@pytest.fixture
+def own_remote_code(tmp_path, monkeypatch):
+    """Remote code goes into a folder of its own, and what was loaded before is back afterwards."""
+
+    def take():
+        names = [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = take()
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE])
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    yield
+    take()
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("own_remote_code")
+def test_what_was_loaded_as_remote_code_exports_again(toy, tmp_path):
     from transformers import AutoModelForCausalLM
 
     package = toy()
     first = export(package.model(), tmp_path / "first")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # of another test, with another folder
     loaded = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
     again = export(loaded, tmp_path / "second")
     names = {path.name for path in first.iterdir()}
