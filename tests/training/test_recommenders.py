@@ -132,6 +132,9 @@ def test_the_command_line_from_a_table_to_a_model(data, tmp_path):
     assert "320 interactions of 40 users with 25 items" in result.output
     assert "ndcg@10/full/unseen" in result.output
     assert (tmp_path / "out" / "item_vocab.json").exists()
+    again = CliRunner().invoke(app, ["recommend", *arguments, *sizes])
+    assert again.exit_code == 1
+    assert "must be a new or empty folder; name another, or move what is there" in " ".join(again.output.split())
     refused = CliRunner().invoke(app, ["recommend", *arguments, "--time", "when"])
     assert refused.exit_code == 1
     assert "x.csv has no column for time (when) among who, what" in refused.output

@@ -37,7 +37,7 @@ def recommend_run(
 
     Args:
         data: the interactions; each user's last item is the test, the one before validates.
-        output: folder for the model (`from_pretrained` reads it), `report.html` and `report.json`.
+        output: new or empty folder for the model (`from_pretrained` reads it), `report.html` and `report.json`.
         kind: "bert4rec", "gsasrec" or "sasrec".
         examples: how many users' recommendations the report shows. k: how many recommendations each.
         console: where progress and figures are printed.
@@ -47,9 +47,13 @@ def recommend_run(
         What `report.json` holds.
 
     Raises:
+        FileExistsError: `output` is a file, or holds something already.
         ValueError: nobody has three interactions, or options out of range.
     """
-    console, output, split = console or Console(), Path(output), data.leave_one_out()
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"output ({output}) must be a new or empty folder; name another, or move what is there.")
+    console, split = console or Console(), data.leave_one_out()
     console.print(f"{len(data):,} interactions of {len(data.user_ids):,} users with {data.num_items:,} items")
     columns = TextColumn("training {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:

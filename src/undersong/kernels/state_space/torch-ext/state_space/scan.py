@@ -5,6 +5,7 @@ import math
 import torch
 import triton
 
+from .conv import cdiv
 from .registry import records_gradients, register
 from .scan_backward import backward
 from .scan_common import ALIGN, CHANNELS_LAST, PAD, STRIDED, TIME_LAST, gather
@@ -106,14 +107,14 @@ class _Plan:
         self.size, self.groups = A.shape[1], B.shape[2]
         self.per_group = self.channels // self.groups
         state = max(1 << (self.size - 1).bit_length(), 16)
-        programs = self.rows * self.groups * _cdiv(self.per_group, table["few"]["BLOCK"])
+        programs = self.rows * self.groups * cdiv(self.per_group, table["few"]["BLOCK"])
         few = state == 16 and programs <= table["limit"] * _multiprocessors(u)
         self.cut = dict(table["few" if few else "many"])
         if state > 16:  # as many elements a thread, at least 16 channels for a product
             block = max(16, self.cut["BLOCK"] * 16 // state)
             warps = min(16, max(self.cut["num_warps"], state * block // 128))
             self.cut |= {"BLOCK": block, "num_warps": warps, "maxnreg": None}
-        self.blocks = _cdiv(self.per_group, self.cut["BLOCK"])
+        self.blocks = cdiv(self.per_group, self.cut["BLOCK"])
         self.cut |= {"PACKED": cu is not None, "EVEN": self.per_group % self.cut["BLOCK"] == 0}
         self.cut |= {"WINDOW": WINDOW, "STATE": state}
 
@@ -130,7 +131,7 @@ class _Plan:
         both = torch.empty(shape, dtype=torch.int32 if packed else torch.float32, device=B.device)
         rows = math.prod(shape[:3])
         with torch.cuda.device_of(B):
-            gather[(_cdiv(rows, GATHER_ROWS),)](
+            gather[(cdiv(rows, GATHER_ROWS),)](
                 B, C, _bytes(mask), both, self.length, rows, self.groups, self.size,
                 *B.stride(), *C.stride(), *_mask_strides(mask),
                 MASKED=mask is not None, STATE=self.cut["STATE"], ROWS=GATHER_ROWS,
@@ -148,10 +149,6 @@ class _Plan:
                 *tensors, *sizes, *strides, *_mask_strides(mask), MASKED=mask is not None, **flags, **self.cut,
                 num_stages=1,
             )  # fmt: skip
-
-
-def _cdiv(a, b):
-    return -(-a // b)  # triton.cdiv costs microseconds on the host
 
 
 def _multiprocessors(x):
@@ -191,7 +188,7 @@ def _given(u, *gradients):
 def _empty_outputs(u, delta, A, B, C, D, z, bias, h0, mask, cu, softplus, save):
     batch, length, _ = u.shape
     rows = batch if cu is None else cu.shape[0] - 1
-    windows = batch * _cdiv(length, WINDOW) if cu is None else length // WINDOW + rows
+    windows = batch * cdiv(length, WINDOW) if cu is None else length // WINDOW + rows
     single = {"dtype": torch.float32, "device": u.device}
     return (
         _like(u, u.dtype),
